@@ -1,0 +1,8 @@
+"""Sequence mixers: the layers that break a graph, and the backends that do their work."""
+
+from breakgraph.attention.base import AttentionBackend
+from breakgraph.attention.layer import Attention
+from breakgraph.attention.torch_flash import TorchFlashBackend
+from breakgraph.attention.torch_native import TorchNativeBackend
+
+__all__ = ["Attention", "AttentionBackend", "TorchFlashBackend", "TorchNativeBackend"]

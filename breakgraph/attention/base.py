@@ -1,0 +1,40 @@
+"""What an attention backend is: plan once a forward on the host, launch once a layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+
+from breakgraph.forward.forward_batch import ForwardBatch
+
+if TYPE_CHECKING:
+    from breakgraph.attention.layer import Attention
+
+
+class AttentionBackend(ABC):
+    """Causal attention of a packed batch over its own tokens and their cached prefixes."""
+
+    @abstractmethod
+    def init_forward_metadata(self, batch: ForwardBatch) -> None:
+        """Plan ``batch`` from its host lengths, with no device-to-host sync."""
+
+    @abstractmethod
+    def forward(
+        self,
+        layer: Attention,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Write the planned batch's attention into the first ``num_tokens`` rows of ``out``.
+
+        Args:
+            layer: heads, scale and the layer's KV cache, where k and v are stored already.
+            q: ``[rows, num_heads, head_dim]``, rows at or past ``num_tokens`` are padding.
+            k: ``[rows, num_kv_heads, head_dim]``.
+            v: ``[rows, num_kv_heads, head_dim]``.
+            out: ``[rows, num_heads, head_dim]``; padded rows are left as they are.
+        """

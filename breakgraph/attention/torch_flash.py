@@ -1,0 +1,103 @@
+"""Attention by the FlashAttention-2 that torch carries, called below its Python wrappers.
+
+``varlen_attn`` costs 53 µs of host time a call on an H200, ``aten._flash_attention_forward``
+with its output copied 12: the break calls the latter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from breakgraph.attention.base import AttentionBackend
+from breakgraph.attention.layer import Attention
+from breakgraph.forward import ForwardBatch, HostStaging
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    num_tokens: int
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_q: int
+    max_k: int
+    key_slots: torch.Tensor | None
+
+
+class TorchFlashBackend(AttentionBackend):
+    """Variable-length causal attention; a cached prefix is gathered from the KV pool."""
+
+    def __init__(self, *, device: torch.device, max_requests: int, max_context_tokens: int) -> None:
+        self._staging = HostStaging(max_requests + 1 + max_context_tokens, device)
+        self._flash = torch.ops.aten._flash_attention_forward.default
+        self._plan: _Plan | None = None
+
+    def init_forward_metadata(self, batch: ForwardBatch) -> None:
+        size = batch.batch_size
+        key_lens = batch.extend_lens + batch.prefix_lens
+        num_keys = int(key_lens.sum()) if batch.has_prefix else 0
+        count = size + 1 + num_keys
+        if count > self._staging.capacity:
+            self._staging = HostStaging(2 * count, self._staging.device_buffer.device)
+        host = self._staging.host()
+        # Each int64 of the first size + 1 entries holds a pair of int32: both cu_seqlens.
+        cu = host[: size + 1].view(np.int32)
+        cu[0] = cu[size + 1] = 0
+        np.cumsum(batch.extend_lens, out=cu[1 : size + 1])
+        np.cumsum(key_lens, out=cu[size + 2 :])
+        if num_keys:
+            _key_slots(batch, host[size + 1 : count])
+        device = self._staging.send(count)
+        cu_device = device[: size + 1].view(torch.int32)
+        self._plan = _Plan(
+            num_tokens=batch.num_tokens,
+            cu_seqlens_q=cu_device[: size + 1],
+            cu_seqlens_k=cu_device[size + 1 :],
+            max_q=int(batch.extend_lens.max()),
+            max_k=int(key_lens.max()),
+            key_slots=device[size + 1 :] if num_keys else None,
+        )
+
+    def forward(
+        self,
+        layer: Attention,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        plan = self._plan
+        if plan is None:
+            raise RuntimeError("attention was called before init_forward_metadata planned a batch")
+        if plan.key_slots is not None:
+            k = layer.k_cache.index_select(0, plan.key_slots)
+            v = layer.v_cache.index_select(0, plan.key_slots)
+        mixed = self._flash(
+            q,
+            k,
+            v,
+            plan.cu_seqlens_q,
+            plan.cu_seqlens_k,
+            plan.max_q,
+            plan.max_k,
+            0.0,
+            True,
+            False,
+            scale=layer.scale,
+        )[0]
+        tokens = plan.num_tokens
+        if tokens == out.shape[0]:
+            out.copy_(mixed)
+        else:
+            out[:tokens].copy_(mixed[:tokens])
+
+
+def _key_slots(batch: ForwardBatch, into: np.ndarray) -> None:
+    """Write each request's prefix slots, then its new slots, request after request."""
+    at = new = old = 0
+    for extend, prefix in zip(batch.extend_lens.tolist(), batch.prefix_lens.tolist(), strict=True):
+        into[at : at + prefix] = batch.prefix_slots[old : old + prefix]
+        into[at + prefix : at + prefix + extend] = batch.out_cache_loc[new : new + extend]
+        at, new, old = at + prefix + extend, new + extend, old + prefix

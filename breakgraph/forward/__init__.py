@@ -1,0 +1,18 @@
+"""The live batch, which every layer may read and no layer may change."""
+
+from breakgraph.forward.forward_batch import ForwardBatch, LayerInputs
+from breakgraph.forward.forward_context import (
+    ForwardContext,
+    forward_context,
+    get_forward_context,
+)
+from breakgraph.forward.staging import HostStaging
+
+__all__ = [
+    "ForwardBatch",
+    "ForwardContext",
+    "HostStaging",
+    "LayerInputs",
+    "forward_context",
+    "get_forward_context",
+]

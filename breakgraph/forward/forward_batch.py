@@ -1,0 +1,142 @@
+"""One packed prefill batch.
+
+The host arrays are the truth: everything planned for a forward (lengths, cache slots,
+attention metadata) is computed from them, so no forward ever reads a length back from
+the device. Device copies are made by ``PrefillInputBuffers`` and the attention backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+IntArray = np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardBatch:
+    """New tokens of one or more requests, packed one request after the other.
+
+    Attributes:
+        input_ids: int64 ``[num_tokens]``, the new tokens.
+        out_cache_loc: int64 ``[num_tokens]``, the KV slot each new token is stored in.
+        extend_lens: int32 ``[batch_size]``, new tokens per request, each at least 1.
+        prefix_lens: int32 ``[batch_size]``, tokens per request already in the KV pool.
+        prefix_slots: int64 ``[sum(prefix_lens)]``, the KV slots of those tokens, packed.
+        input_embeds: ``[num_tokens, hidden_size]`` on the device, used instead of
+            embedding ``input_ids``; None to embed them.
+        logprob_targets: int64 ``[num_tokens]``, per row the token whose log-probability
+            is wanted, -1 for none; None when nothing is wanted.
+    """
+
+    input_ids: IntArray
+    out_cache_loc: IntArray
+    extend_lens: IntArray
+    prefix_lens: IntArray
+    prefix_slots: IntArray
+    input_embeds: torch.Tensor | None = None
+    logprob_targets: IntArray | None = None
+
+    def __post_init__(self) -> None:
+        tokens, new = len(self.input_ids), int(self.extend_lens.sum())
+        if tokens != new or len(self.out_cache_loc) != tokens:
+            raise ValueError(
+                f"a batch of {tokens} tokens has {len(self.out_cache_loc)} cache slots and "
+                f"lengths that sum to {new}; the three must agree"
+            )
+        if len(self.prefix_lens) != len(self.extend_lens):
+            raise ValueError(
+                f"{len(self.extend_lens)} requests have {len(self.prefix_lens)} prefix lengths"
+            )
+        if len(self.extend_lens) == 0 or int(self.extend_lens.min()) < 1:
+            raise ValueError("every request of a batch needs at least one new token")
+        if len(self.prefix_slots) != int(self.prefix_lens.sum()):
+            raise ValueError(
+                f"prefixes of {int(self.prefix_lens.sum())} tokens have "
+                f"{len(self.prefix_slots)} cache slots"
+            )
+
+    @classmethod
+    def from_requests(
+        cls,
+        new_ids: Sequence[Sequence[int]],
+        new_slots: Sequence[Sequence[int] | IntArray],
+        prefix_slots: Sequence[Sequence[int] | IntArray] | None = None,
+        *,
+        input_embeds: torch.Tensor | None = None,
+        logprob_targets: IntArray | None = None,
+    ) -> ForwardBatch:
+        """Pack requests, each given by its new tokens, their slots and its prefix's slots."""
+        prefixes = prefix_slots if prefix_slots is not None else [()] * len(new_ids)
+        return cls(
+            input_ids=_pack(new_ids),
+            out_cache_loc=_pack(new_slots),
+            extend_lens=np.fromiter(map(len, new_ids), np.int32, len(new_ids)),
+            prefix_lens=np.fromiter(map(len, prefixes), np.int32, len(prefixes)),
+            prefix_slots=_pack(prefixes),
+            input_embeds=input_embeds,
+            logprob_targets=logprob_targets,
+        )
+
+    @classmethod
+    def dummy(cls, num_tokens: int) -> ForwardBatch:
+        """One request of ``num_tokens`` zeros that stores to the reserved slot 0."""
+        zeros = np.zeros(num_tokens, np.int64)
+        return cls(
+            input_ids=zeros,
+            out_cache_loc=zeros,
+            extend_lens=np.array([num_tokens], np.int32),
+            prefix_lens=np.zeros(1, np.int32),
+            prefix_slots=np.zeros(0, np.int64),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.extend_lens)
+
+    @property
+    def has_prefix(self) -> bool:
+        return len(self.prefix_slots) > 0
+
+    @cached_property
+    def positions(self) -> IntArray:
+        """int64 ``[num_tokens]``, each token's position in its sequence."""
+        ends = np.cumsum(self.extend_lens, dtype=np.int64)
+        starts = np.repeat(ends - self.extend_lens - self.prefix_lens, self.extend_lens)
+        return np.arange(self.num_tokens, dtype=np.int64) - starts
+
+    @cached_property
+    def last_token_rows(self) -> IntArray:
+        """int64 ``[batch_size]``, the row of each request's last new token."""
+        return np.cumsum(self.extend_lens, dtype=np.int64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputs:
+    """What a layer stack reads, at fixed addresses; ``rows`` is the bucket, or the tokens.
+
+    Attributes:
+        hidden_states: ``[rows, hidden_size]``, the embedded tokens.
+        positions: int64 ``[rows]``.
+        out_cache_loc: int64 ``[rows]``; padded rows hold the reserved slot 0.
+        num_token_non_padded: int32 ``[1]``, how many leading rows are real.
+    """
+
+    hidden_states: torch.Tensor
+    positions: torch.Tensor
+    out_cache_loc: torch.Tensor
+    num_token_non_padded: torch.Tensor
+
+
+def _pack(parts: Sequence[Sequence[int] | IntArray]) -> IntArray:
+    if not parts:
+        return np.zeros(0, np.int64)
+    return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])

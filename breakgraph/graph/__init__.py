@@ -1,0 +1,37 @@
+"""Breakable graphs for any torch code; knows nothing of models or batches."""
+
+from breakgraph.graph.audit import CaptureAudit
+from breakgraph.graph.breakable_graph import (
+    BreakableCUDAGraph,
+    BreakableCUDAGraphCapture,
+    break_graph,
+    eager_on_graph,
+    enable_breakable_cuda_graph,
+    is_in_breakable_cuda_graph,
+)
+from breakgraph.graph.errors import (
+    BreakableGraphError,
+    ForeignReadError,
+    LayoutChangedError,
+    RefusedArgumentError,
+    RefusedOpError,
+    UnjoinedStreamError,
+)
+from breakgraph.graph.tape import TapePool
+
+__all__ = [
+    "BreakableCUDAGraph",
+    "BreakableCUDAGraphCapture",
+    "BreakableGraphError",
+    "CaptureAudit",
+    "ForeignReadError",
+    "LayoutChangedError",
+    "RefusedArgumentError",
+    "RefusedOpError",
+    "TapePool",
+    "UnjoinedStreamError",
+    "break_graph",
+    "eager_on_graph",
+    "enable_breakable_cuda_graph",
+    "is_in_breakable_cuda_graph",
+]

@@ -1,0 +1,53 @@
+"""What a capture may read; the rest is refused.
+
+Weights, the static input buffers, constants, and what the capture itself made. Anything
+else read by a segment, or handed to a break, replays stale data in silence, so it raises
+here with the op, the tensor's shape and the call site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from breakgraph.graph.callsite import call_site
+from breakgraph.graph.errors import ForeignReadError, RefusedOpError
+
+SEQUENCE_MIXERS = (
+    "aten::_flash_attention",
+    "aten::_efficient_attention",
+    "aten::_cudnn_attention",
+    "aten::_scaled_dot_product",
+    "aten::scaled_dot_product_attention",
+)
+"""Ops that see per-request lengths; in a segment they would replay the capture's lengths."""
+
+
+class CaptureAudit:
+    """The tensors a capture may read from outside, by storage, so that views count too."""
+
+    def __init__(self, allowed: Iterable[torch.Tensor]) -> None:
+        self._allowed = {tensor.untyped_storage()._cdata: tensor for tensor in allowed}
+
+    def check_read(self, reader: str, tensor: torch.Tensor) -> None:
+        """Raise ForeignReadError unless ``reader`` may read ``tensor`` from outside."""
+        constant = tensor.dim() == 0 and tensor.device.type == "cpu" and reader.startswith("aten")
+        if constant or tensor.untyped_storage()._cdata in self._allowed:
+            return
+        raise ForeignReadError(
+            f"{reader} reads a {tensor.dtype} tensor of shape {list(tensor.shape)} on "
+            f"{tensor.device} that is no weight, no static input buffer, no constant and not "
+            f"made in this capture ({call_site()}). A replay would read whatever is there by "
+            "then. Pass it through the static input buffers, register it as a module buffer, "
+            "or read it inside an eager_on_graph break."
+        )
+
+    def check_op(self, name: str) -> None:
+        """Raise RefusedOpError if op ``name`` mixes tokens of a sequence."""
+        if name.startswith(SEQUENCE_MIXERS):
+            raise RefusedOpError(
+                f"{name} mixes the tokens of a sequence inside a segment ({call_site()}), so it "
+                "would replay the capture's lengths for every batch. Call it in an "
+                "eager_on_graph break."
+            )

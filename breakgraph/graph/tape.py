@@ -1,0 +1,138 @@
+"""CUDA-graph semantics on the CPU.
+
+A tape holds the aten ops of one segment with their tensors. Replaying runs the ops again
+and writes each result into the memory recorded at capture: Python does not run again,
+addresses are fixed, stale inputs stay stale, and what a stream capture cannot hold is
+refused. Its pool gives a block to the next tensor as soon as the last reference to the
+former one is gone, as a graph's pool does, so a lifetime bug shows here too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from breakgraph.graph.arguments import tensors_in
+from breakgraph.graph.callsite import call_site
+from breakgraph.graph.errors import RefusedOpError
+
+_GRANULE = 512
+
+
+class TapePool:
+    """Blocks of host memory that tape tensors live in; shared by graphs captured in turn."""
+
+    def __init__(self) -> None:
+        self._blocks: list[torch.Tensor] = []
+        self._free: list[tuple[int, int]] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all blocks, in use or free."""
+        return sum(block.numel() for block in self._blocks)
+
+    def allocate(self, num_bytes: int) -> tuple[torch.UntypedStorage, torch.UntypedStorage]:
+        """Memory of at least ``num_bytes``, as two storages over one block.
+
+        The block is free again when the first storage dies; the second one keeps the block's
+        memory valid without keeping it from reuse.
+        """
+        need = -(-max(num_bytes, 1) // _GRANULE) * _GRANULE
+        at = bisect_left(self._free, (need, -1))
+        if at < len(self._free):
+            _, index = self._free.pop(at)
+        else:
+            index = len(self._blocks)
+            self._blocks.append(torch.empty(need, dtype=torch.uint8))
+        block = self._blocks[index]
+        view = memoryview(block.numpy())  # type: ignore[arg-type]
+        weakref.finalize(view, insort, self._free, (block.numel(), index)).atexit = False
+        owner = torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
+        return owner, block.untyped_storage()
+
+    def poison(self) -> None:
+        """Fill every block with 0xFF: NaN in each floating dtype, -1 in the integer ones."""
+        for block in self._blocks:
+            block.fill_(0xFF)
+
+
+class Tape:
+    """The recorded ops of one segment."""
+
+    def __init__(self) -> None:
+        self._ops: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[Any]]] = []
+
+    def __len__(self) -> int:
+        return len(self._ops)
+
+    @property
+    def op_names(self) -> list[str]:
+        return [str(op[0]) for op in self._ops]
+
+    def record(
+        self,
+        op: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        targets: Sequence[torch.Tensor | None],
+    ) -> None:
+        """Add one op; ``targets`` has a tensor for each result to write back, None for the rest."""
+        written = targets if any(target is not None for target in targets) else ()
+        self._ops.append((op, args, kwargs, list(written)))
+
+    def replay(self) -> None:
+        for op, args, kwargs, targets in self._ops:
+            result = op(*args, **kwargs)
+            if targets:
+                results = [result] if isinstance(result, torch.Tensor) else tensors_in(result)
+                for target, tensor in zip(targets, results, strict=True):
+                    if target is not None:
+                        target.copy_(tensor)
+
+
+UNWRITTEN = tuple(
+    getattr(torch.ops.aten, name)
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+)
+"""Ops that give memory and write nothing; like a graph, a tape does nothing for them."""
+
+_REALLOCATING = (torch.ops.aten.resize_, torch.ops.aten.resize_as_, torch.ops.aten.set_)
+
+
+def refuse_uncapturable(op: Any, args: tuple[Any, ...], *, allow_random: bool) -> None:
+    """Raise RefusedOpError if no graph can hold ``op``."""
+    tags = op.tags
+    reason = ""
+    if op.overloadpacket in _REALLOCATING:
+        reason = "moves a tensor to other memory"
+    elif torch.Tag.data_dependent_output in tags:
+        reason = "reads a value back from the device, which waits for it"
+    elif torch.Tag.dynamic_output_shape in tags and not _static_index(op, args):
+        reason = "gives a result whose shape depends on the data"
+    elif not allow_random and torch.Tag.nondeterministic_seeded in tags and _draws(op, args):
+        reason = "draws random numbers"
+    if reason:
+        raise RefusedOpError(
+            f"{op} {reason} ({call_site()}); a graph segment cannot hold it. Move it into an "
+            "eager_on_graph break, or out of the captured code."
+        )
+
+
+def _static_index(op: Any, args: tuple[Any, ...]) -> bool:
+    """Indexing is dynamic by a mask only; ``repeat_interleave`` and others always are."""
+    if op.overloadpacket not in (torch.ops.aten.index, torch.ops.aten._unsafe_index):
+        return False
+    return all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1])
+
+
+def _draws(op: Any, args: tuple[Any, ...]) -> bool:
+    """Fused attentions carry the random tag but draw only to drop out."""
+    for position, argument in enumerate(op._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[position] if position < len(args) else argument.default_value
+            return bool(given)
+    return True
