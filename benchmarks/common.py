@@ -1,0 +1,75 @@
+"""What the benchmarks share: shapes by name, timing, and what machine it was."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from breakgraph.runner import ModelRunner
+from breakgraph.server_args import ServerArgs
+
+SHAPES = Path(__file__).parent / "shapes"
+
+
+def shape_names() -> list[str]:
+    return sorted(path.stem for path in SHAPES.glob("*.json"))
+
+
+@contextmanager
+def model_runner(shape: str, **flags: Any) -> Iterator[ModelRunner]:
+    """A runner for the named shape with dummy weights; its memory is freed at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(SHAPES / f"{shape}.json", Path(folder) / "config.json")
+        args = ServerArgs(model_path=folder, load_format="dummy", skip_tokenizer_init=True, **flags)
+        runner = ModelRunner(args)
+        yield runner
+        del runner
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def timed(call: Callable[[], object]) -> tuple[float, float]:
+    """Milliseconds of one call by wall clock and by CUDA events, each ending with a sync."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+    began = time.perf_counter()
+    call()
+    if not cuda:
+        wall = (time.perf_counter() - began) * 1e3
+        return wall, wall
+    end.record()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) * 1e3, start.elapsed_time(end)
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def machine() -> dict[str, str]:
+    """Versions and device of this run."""
+    found = {"torch": torch.__version__, "python": platform.python_version()}
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    else:
+        found["cpu"] = platform.processor() or platform.machine()
+    return found
+
+
+def write_json(path: str | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps({"machine": machine()} | result, indent=1) + "\n")

@@ -1,0 +1,120 @@
+"""The only static inputs of a prefill, and the one method that fills them.
+
+Capture fills them with a dummy batch, replay and eager forwards with the live one, through
+the same code; a field that had a second path could differ between capture and replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from breakgraph.forward import ForwardBatch, HostStaging, LayerInputs
+
+Embed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class FilledBatch:
+    """A batch on the device.
+
+    Attributes:
+        inputs: what the layer stack reads, padded to the rows asked for.
+        extend_lens: int64 ``[batch_size]``, the rows of each request.
+        last_rows: int64 ``[batch_size]``, the row of each request's last token.
+        logprob_targets: int64 ``[num_tokens]``, or None when the batch has none.
+    """
+
+    inputs: LayerInputs
+    extend_lens: torch.Tensor
+    last_rows: torch.Tensor
+    logprob_targets: torch.Tensor | None
+
+
+class PrefillInputBuffers:
+    """Static device memory for up to ``max_tokens`` rows, at the same addresses every time.
+
+    Args:
+        max_tokens: the most rows of a forward.
+        max_requests: the most requests of a forward.
+        hidden_size: width of the embedded tokens.
+        dtype: their type.
+        device: where the model is.
+        embed: writes the embeddings of int64 ``[rows]`` ids into ``[rows, hidden_size]``.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_tokens: int,
+        max_requests: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        embed: Embed,
+    ) -> None:
+        self.max_tokens, self.max_requests = max_tokens, max_requests
+        # One copy a forward: ids, positions and cache slots of `rows`, the count of real rows,
+        # then what the eager tail needs.
+        self._staging = HostStaging(4 * max_tokens + 1 + 2 * max_requests, device)
+        self._hidden = torch.zeros(max_tokens, hidden_size, dtype=dtype, device=device)
+        self._embed = embed
+        self._inputs: dict[int, LayerInputs] = {}
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every buffer, for the capture's audit."""
+        return [self._staging.device_buffer, self._hidden]
+
+    def fill(self, batch: ForwardBatch, rows: int) -> FilledBatch:
+        """Write ``batch``, padded to ``rows`` rows; padding is token 0, position 0, slot 0.
+
+        Raises:
+            ValueError: the batch does not fit ``rows``, or the buffers.
+        """
+        tokens, requests = batch.num_tokens, batch.batch_size
+        if not tokens <= rows <= self.max_tokens or requests > self.max_requests:
+            raise ValueError(
+                f"a batch of {tokens} tokens and {requests} requests does not fit {rows} of "
+                f"{self.max_tokens} rows and {self.max_requests} requests; raise "
+                "--chunked-prefill-size or --max-running-requests"
+            )
+        host = self._staging.host()
+        for field, values in enumerate((batch.input_ids, batch.positions, batch.out_cache_loc)):
+            host[field * rows : field * rows + tokens] = values
+            host[field * rows + tokens : (field + 1) * rows] = 0
+        host[3 * rows] = tokens
+        lens, last = 3 * rows + 1, 3 * rows + 1 + requests
+        end = last + requests
+        host[lens:last] = batch.extend_lens
+        host[last:end] = batch.last_token_rows
+        if batch.logprob_targets is not None:
+            host[end : end + tokens] = batch.logprob_targets
+            end += tokens
+        device = self._staging.send(end)
+        inputs = self.inputs(rows)
+        if batch.input_embeds is None:
+            self._embed(device[:rows], inputs.hidden_states)
+        else:
+            inputs.hidden_states[:tokens].copy_(batch.input_embeds)
+            inputs.hidden_states[tokens:].zero_()
+        return FilledBatch(
+            inputs=inputs,
+            extend_lens=device[lens:last],
+            last_rows=device[last : last + requests],
+            logprob_targets=None if batch.logprob_targets is None else device[last + requests :],
+        )
+
+    def inputs(self, rows: int) -> LayerInputs:
+        """The buffers as the layer stack sees them for ``rows`` rows."""
+        found = self._inputs.get(rows)
+        if found is None:
+            buffer = self._staging.device_buffer
+            found = self._inputs[rows] = LayerInputs(
+                hidden_states=self._hidden[:rows],
+                positions=buffer[rows : 2 * rows],
+                out_cache_loc=buffer[2 * rows : 3 * rows],
+                num_token_non_padded=buffer[3 * rows : 3 * rows + 1].view(torch.int32)[:1],
+            )
+        return found
