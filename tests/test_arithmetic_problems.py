@@ -1,0 +1,97 @@
+"""The arithmetic example: its problems are right, its splits apart, its tokenizer lossless."""
+
+import importlib.util
+import json
+import random
+import re
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "arithmetic"
+_SPEC = importlib.util.spec_from_file_location("arithmetic_problems", EXAMPLE / "problems.py")
+assert _SPEC is not None and _SPEC.loader is not None
+problems = importlib.util.module_from_spec(_SPEC)
+sys.modules[_SPEC.name] = problems
+_SPEC.loader.exec_module(problems)
+
+CALCULATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(sorted(map(int, re.findall(r"\d+", text))))
+
+
+def _check_answer(question: str, answer: str) -> int:
+    """Work the answer's calculations out anew; returns how many steps it has."""
+    *lines, last = answer.split("\n")
+    known = {*_numbers(question), 2}  # 2: "half" and "twice"
+    for line in lines:
+        found = CALCULATION.findall(line)
+        assert len(found) == 1, line
+        x, operator, y, result = int(found[0][0]), found[0][1], int(found[0][2]), int(found[0][3])
+        assert {x, y} <= known, f"a number from nowhere in {answer!r} to {question!r}"
+        assert 2 <= result < problems.LIMIT
+        right = {"+": x + y, "-": x - y, "*": x * y, "/": Fraction(x, y)}[operator]
+        assert right == result, line
+        known.add(result)
+    assert last == f"#### {result}"
+    return len(lines)
+
+
+@pytest.mark.parametrize("language", sorted(problems.LANGUAGES))
+@pytest.mark.parametrize("kind", sorted(problems.STORIES))
+def test_every_story_evaluates_right(kind: str, language: str) -> None:
+    rng = random.Random(kind)
+    seen = set()
+    for _ in range(200):
+        problem = problems.draw(rng, kind, language)
+        steps = _check_answer(problem["question"], problem["answer"])
+        assert steps == len(problems.STORIES[kind].steps)
+        given = len(problems.STORIES[kind].draws)
+        assert len(_numbers(problem["question"])) == given, problem["question"]
+        assert not re.search(r"[{}]|step\d", problem["question"] + problem["answer"])
+        seen.add(problem["question"])
+    assert len(seen) > 100
+
+
+def test_splits_share_no_question_and_no_set_of_numbers() -> None:
+    train = [p["question"] for p in problems.generate("train", 20_000, seed=1)]
+    test = [p["question"] for p in problems.generate("test", 2_000, seed=1)]
+    assert len(set(train)) == 20_000 and len(set(test)) == 2_000
+    assert not set(train) & set(test)
+    assert not set(map(_numbers, train)) & set(map(_numbers, test))
+
+
+def test_a_seed_gives_the_same_problems_again() -> None:
+    first = list(problems.generate("train", 50, seed=3))
+    assert first == list(problems.generate("train", 50, seed=3))
+    assert first != list(problems.generate("train", 50, seed=4))
+
+
+def test_an_unknown_split_is_refused() -> None:
+    with pytest.raises(ValueError, match="'train' or 'test'"):
+        next(problems.generate("valid", 1))
+
+
+def test_the_held_out_file_is_what_the_generator_writes() -> None:
+    lines = (EXAMPLE / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    held_out = [json.loads(line) for line in lines]
+    assert held_out == list(problems.generate("test", 200))
+    steps = [_check_answer(p["question"], p["answer"]) for p in held_out]
+    assert set(steps) == {1, 2, 3}
+
+
+def test_the_tokenizer_is_lossless_and_splits_digits() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(EXAMPLE / "qwen3" / "tokenizer.json"))
+    texts = ["", " a\t b\n\n\n", "naïve Füße, 数学 42 🙂", "don't  stop\r\n", "\x00\x7f~"]
+    for problem in problems.generate("train", 500, seed=5):
+        texts.append(problems.prompt(problem["question"]) + " " + problem["answer"])
+    for text in texts:
+        ids = tokenizer.encode(text).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert tokenizer.encode("1234").tokens == ["1", "2", "3", "4"]
+    assert tokenizer.token_to_id("<|endoftext|>") == 0
