@@ -57,9 +57,7 @@ def make_batch(lengths: list[tuple[int, int]], seed: int = 0, **fields: Any) -> 
     draw = np.random.default_rng(seed)
     slots = draw.permutation(SLOTS) + 1
     ends = np.cumsum([new + prefix for new, prefix in lengths])
-    rows = [
-        slots[end - new - prefix : end] for end, (new, prefix) in zip(ends, lengths, strict=True)
-    ]
+    rows = [slots[end - sum(both) : end] for end, both in zip(ends, lengths, strict=True)]
     return ForwardBatch.from_requests(
         [draw.integers(0, VOCAB, new).tolist() for new, _ in lengths],
         [row[prefix:] for row, (_, prefix) in zip(rows, lengths, strict=True)],
@@ -316,6 +314,14 @@ def test_a_wrapped_layer_stack_is_found(checkpoint: Path) -> None:
 def test_buckets_over_the_chunk_are_refused(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="--piecewise-cuda-graph-tokens"):
         make_runner(checkpoint, "cpu", piecewise_cuda_graph_tokens=(16, 4096))
+
+
+def test_a_chunk_longer_than_the_context_is_captured_as_several_requests(tmp_path: Path) -> None:
+    folder = save_checkpoint(
+        make_reference("LlamaForCausalLM", max_position_embeddings=48), tmp_path
+    )
+    runner = make_runner(folder, "cpu")
+    assert_replay_equals_eager(runner, make_batch([(48, 0), (40, 0), (20, 20)]))
 
 
 def test_embeddings_and_scores_replay(tmp_path: Path, checkpoint: Path) -> None:

@@ -83,14 +83,16 @@ class ForwardBatch:
         )
 
     @classmethod
-    def dummy(cls, num_tokens: int) -> ForwardBatch:
-        """One request of ``num_tokens`` zeros that stores to the reserved slot 0."""
+    def dummy(cls, num_tokens: int, context_length: int) -> ForwardBatch:
+        """``num_tokens`` zeros that store to the reserved slot 0, in as few requests as can be."""
         zeros = np.zeros(num_tokens, np.int64)
+        requests = -(-num_tokens // context_length)
+        lens = [len(part) for part in np.array_split(zeros, requests)]
         return cls(
             input_ids=zeros,
             out_cache_loc=zeros,
-            extend_lens=np.array([num_tokens], np.int32),
-            prefix_lens=np.zeros(1, np.int32),
+            extend_lens=np.array(lens, np.int32),
+            prefix_lens=np.zeros(requests, np.int32),
             prefix_slots=np.zeros(0, np.int64),
         )
 

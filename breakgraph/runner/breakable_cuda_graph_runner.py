@@ -38,6 +38,7 @@ class BreakableCudaGraphRunner(PrefillGraphRunner):
         stack: ``forward(LayerInputs) -> [rows, hidden_size]``, attention marked as breaks.
         static_tensors: what segments may read besides the buffers: weights and the KV pool.
         buffers, attn_backend, buckets, max_padding: as for ``PrefillGraphRunner``.
+        context_length: the longest sequence, in tokens.
         hidden_size, dtype, device: of the hidden states.
     """
 
@@ -50,6 +51,7 @@ class BreakableCudaGraphRunner(PrefillGraphRunner):
         attn_backend: AttentionBackend,
         buckets: Sequence[int],
         max_padding: float,
+        context_length: int,
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -58,6 +60,7 @@ class BreakableCudaGraphRunner(PrefillGraphRunner):
             buffers=buffers, attn_backend=attn_backend, buckets=buckets, max_padding=max_padding
         )
         self._stack, self._device = stack, device
+        self._context_length = context_length
         self._output = torch.zeros(self.buckets[-1], hidden_size, dtype=dtype, device=device)
         self._audit = CaptureAudit([*static_tensors, *buffers.tensors(), self._output])
         self.pool: Any = TapePool() if device.type == "cpu" else torch.cuda.graph_pool_handle()
@@ -95,14 +98,14 @@ class BreakableCudaGraphRunner(PrefillGraphRunner):
         """Run both ends of the ladder, so that libraries set up before any capture."""
         if self._device.type == "cuda":
             for bucket in {self.buckets[-1], self.buckets[0]}:
-                batch = ForwardBatch.dummy(bucket)
+                batch = ForwardBatch.dummy(bucket, self._context_length)
                 filled = self.replay_prepare(batch, bucket)
                 with forward_context(batch, self.attn_backend):
                     self._stack(filled.inputs)
             torch.cuda.synchronize(self._device)
 
     def _capture_bucket(self, bucket: int) -> BreakableCUDAGraph:
-        batch = ForwardBatch.dummy(bucket)
+        batch = ForwardBatch.dummy(bucket, self._context_length)
         graph = BreakableCUDAGraph()
         capture = BreakableCUDAGraphCapture(
             graph, self.pool, device=self._device, audit=self._audit

@@ -84,7 +84,11 @@ class ModelRunner:
         self.kv_pool = self._make_kv_pool()
         self.slots = SlotAllocator(self.kv_pool.num_tokens, args.page_size)
         self.requests = RequestTable(args.max_running_requests, self.context_length, self.slots)
-        self.chunk_size = min(args.chunked_prefill_size or 1, self.kv_pool.num_tokens)
+        self.chunk_size = min(
+            args.chunked_prefill_size or 1,
+            self.kv_pool.num_tokens,
+            args.max_running_requests * self.context_length,
+        )
         self.attn_backend = self._make_attention_backend()
         self._buffers = PrefillInputBuffers(
             max_tokens=self.chunk_size,
@@ -155,6 +159,7 @@ class ModelRunner:
             attn_backend=self.attn_backend,
             buckets=sorted({min(bucket, self.chunk_size) for bucket in given}),
             max_padding=self.args.max_prefill_padding,
+            context_length=self.context_length,
             hidden_size=self.model.config.hidden_size,
             dtype=self.dtype,
             device=self.device,

@@ -1,0 +1,303 @@
+"""Every flag, in one frozen dataclass that is also its own command-line parser.
+
+A `ServerArgs` that exists is valid: it is checked once, when it is made, whether its values came
+from the command line, a `--config` file or keyword arguments. A flag is written once, as a field:
+its name, type, choices, default, help and lower bound all come from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+logger = logging.getLogger(__name__)
+
+# A CPU forward is bound by arithmetic, so a longer chunk gains nothing there, and a CPU tape keeps
+# every intermediate of its bucket.
+DEFAULT_CHUNK = {"cuda": 8192, "cpu": 2048}
+
+T = TypeVar("T")
+
+
+def _flag(default: T, help: str, minimum: int | None = None) -> T:
+    return field(default=default, metadata={"help": help, "minimum": minimum})
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ServerArgs:
+    """What to load and how to run it. Raises ValueError, naming the flag, on a bad value."""
+
+    model_path: str = field(metadata={"help": "folder with config.json and safetensors"})
+    tokenizer_path: str | None = _flag(None, "folder with the tokenizer (default: the model's)")
+    skip_tokenizer_init: bool = _flag(False, "load no tokenizer; prompts are token ids")
+    load_format: Literal["auto", "dummy"] = _flag(
+        "auto", "auto reads the weights; dummy fills them at random, from config.json alone"
+    )
+    device: Literal["auto", "cuda", "cpu"] = _flag("auto", "auto is cuda where torch sees one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
+        "auto", "type of weights and activations; auto follows config.json"
+    )
+    attention_backend: Literal["auto", "torch_flash", "torch_native"] = _flag(
+        "auto", "auto is torch_flash for half precision on cuda, else torch_native"
+    )
+    enable_breakable_cuda_graph: bool = _flag(
+        False, "capture prefill once per token bucket and replay it, attention run in the breaks"
+    )
+    piecewise_cuda_graph_tokens: tuple[int, ...] | None = _flag(
+        None, "token buckets to capture (default: derived, at most 12.5% padding)"
+    )
+    max_prefill_padding: float = _flag(
+        2.0, "run eagerly rather than in a bucket of more than this many times the tokens"
+    )
+    chunked_prefill_size: int | None = _flag(
+        None, "most tokens of one prefill forward (default: 8192 on cuda, 2048 on cpu)", minimum=1
+    )
+    max_total_tokens: int | None = _flag(
+        None,
+        "tokens that the KV cache holds (default: what --mem-fraction-static leaves)",
+        minimum=1,
+    )
+    mem_fraction_static: float = _flag(
+        0.8, "share of device memory for weights, KV cache and graphs, between 0 and 1"
+    )
+    max_running_requests: int = _flag(64, "most requests in one batch", minimum=1)
+    page_size: int = _flag(1, "tokens in a page of the KV cache", minimum=1)
+    is_embedding: bool = _flag(False, "serve embeddings in place of logits")
+    pooling: Literal["last", "mean", "cls"] = _flag(
+        "last", "how --is-embedding makes one vector of a sequence"
+    )
+    random_seed: int = _flag(0, "seed of sampling and of dummy weights", minimum=0)
+    log_level: Literal["debug", "info", "warning", "error"] = _flag(
+        "info", "least severe line logged"
+    )
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = _checked(flag_name(f.name), _HINTS[f.name], getattr(self, f.name))
+            object.__setattr__(self, f.name, value)  # frozen: an int for a float, a list of buckets
+            minimum = f.metadata.get("minimum")
+            if minimum is not None and value is not None and value < minimum:
+                raise ValueError(f"{flag_name(f.name)} must be at least {minimum}, not {value}")
+        if not self.model_path:
+            raise ValueError("--model-path is empty; name a folder with config.json")
+        if not self.max_prefill_padding >= 1:
+            raise ValueError(
+                "--max-prefill-padding must be at least 1, which allows no padding, "
+                f"not {self.max_prefill_padding}"
+            )
+        if not 0 < self.mem_fraction_static < 1:
+            raise ValueError(
+                "--mem-fraction-static is a share between 0 and 1, such as 0.8, "
+                f"not {self.mem_fraction_static}"
+            )
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Flags that contradict each other, or would be ignored in silence."""
+        if self.device == "cpu" and self.attention_backend == "torch_flash":
+            raise ValueError(
+                "--attention-backend torch_flash needs a GPU; with --device cpu use torch_native"
+            )
+        if self.dtype == "float32" and self.attention_backend == "torch_flash":
+            raise ValueError(
+                "--attention-backend torch_flash computes in half precision; use --dtype bfloat16, "
+                "or torch_native for float32"
+            )
+        if self.pooling != "last" and not self.is_embedding:
+            raise ValueError(
+                f"--pooling {self.pooling} does nothing without --is-embedding; add it"
+            )
+        chunk, total = self.chunked_prefill_size, self.max_total_tokens
+        if chunk is not None and total is not None and chunk > total:
+            raise ValueError(
+                f"--chunked-prefill-size {chunk} is more than the --max-total-tokens {total} that "
+                "the cache holds; lower the first or raise the second"
+            )
+        if self.piecewise_cuda_graph_tokens is not None:
+            from breakgraph.runner.buckets import check_buckets  # here: runner imports this module
+
+            ladder, notes = check_buckets(self.piecewise_cuda_graph_tokens, chunk)
+            object.__setattr__(self, "piecewise_cuda_graph_tokens", ladder)
+            for note in notes:
+                logger.warning("%s", note)
+
+    def resolved(self) -> ServerArgs:
+        """These arguments with what this machine decides filled in: device, chunk and buckets.
+
+        `dtype` and `attention_backend` may stay "auto": the model's config decides them.
+        """
+        import torch
+
+        from breakgraph.runner.buckets import derive_buckets
+
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"--device cuda: torch {torch.__version__} sees no CUDA device; use --device cpu, "
+                "or install a CUDA build of torch: pip install 'breakgraph[cuda]'"
+            )
+        default = DEFAULT_CHUNK[device]
+        chunk = self.chunked_prefill_size or min(default, self.max_total_tokens or default)
+        derived = derive_buckets(chunk)
+        ladder = self.piecewise_cuda_graph_tokens or derived
+        flag = "--piecewise-cuda-graph-tokens"
+        if ladder != derived and not self.enable_breakable_cuda_graph:
+            logger.warning("%s does nothing without --enable-breakable-cuda-graph", flag)
+        elif ladder[-1] < chunk:
+            logger.warning(
+                "%s ends at %d tokens: batches up to --chunked-prefill-size %d run eagerly",
+                *(flag, ladder[-1], chunk),
+            )
+        return replace(
+            self,
+            device=device,
+            chunked_prefill_size=chunk,
+            piecewise_cuda_graph_tokens=ladder,
+        )
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> None:
+        """Add every flag, and `--config`, to `parser`. A flag not given leaves no attribute."""
+        group = parser.add_argument_group("engine")
+        for f in fields(ServerArgs):
+            action = group.add_argument(
+                flag_name(f.name), default=argparse.SUPPRESS, **_parser_options(_HINTS[f.name])
+            )
+            said = f.default in (MISSING, None) or "(default" in f.metadata["help"]
+            text = f.metadata["help"] + ("" if said else f" (default: {f.default})")
+            action.help = text.replace("%", "%%")
+        group.add_argument(
+            "--config",
+            metavar="FILE.yaml",
+            default=argparse.SUPPRESS,
+            help="flags as a YAML mapping; the command line wins over it",
+        )
+
+    @classmethod
+    def from_cli_args(cls, namespace: argparse.Namespace) -> ServerArgs:
+        """What `add_cli_args` parsed, over the `--config` file. Raises ValueError."""
+        path = getattr(namespace, "config", None)
+        values = {} if path is None else _read_config(path)
+        values |= {
+            f.name: getattr(namespace, f.name) for f in fields(cls) if hasattr(namespace, f.name)
+        }
+        if "model_path" not in values:
+            raise ValueError("--model-path is required, as a flag or in the --config file")
+        return cls(**values)
+
+
+def flag_name(name: str) -> str:
+    """The flag of a field: `page_size` is `--page-size`."""
+    return "--" + name.replace("_", "-")
+
+
+_HINTS: dict[str, Any] = get_type_hints(ServerArgs)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations and names the nearest flag to an unknown one.
+
+    Its sub-commands (`add_subparsers`) behave the same, each by its own flags.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        namespace, unknown = super().parse_known_args(args, namespace)
+        for word in unknown:
+            if word.startswith("--"):
+                flag = word.partition("=")[0]
+                self.error(f"unknown flag {flag}{_nearest(flag, self._option_string_actions)}")
+        return namespace, unknown
+
+
+def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
+    """Parse a command line of engine flags alone; a mistake ends the program with its reason."""
+    parser = FlagParser(prog="breakgraph")
+    ServerArgs.add_cli_args(parser)
+    try:
+        return ServerArgs.from_cli_args(parser.parse_args(argv))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _without_none(hint: Any) -> Any:
+    options = [option for option in get_args(hint) if option is not type(None)]
+    return options[0] if type(None) in get_args(hint) else hint
+
+
+def _parser_options(hint: Any) -> dict[str, Any]:
+    hint = _without_none(hint)
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    if get_origin(hint) is tuple:
+        return {"nargs": "+", "type": int, "metavar": "N"}
+    return {"type": hint, "metavar": {int: "N", float: "X", str: "PATH"}[hint]}
+
+
+def _checked(flag: str, hint: Any, value: Any) -> Any:
+    """`value` as the field's type, or ValueError."""
+    if value is None and type(None) in get_args(hint):
+        return None
+    hint = _without_none(hint)
+
+    def refuse(wanted: str) -> NoReturn:
+        raise ValueError(f"{flag} must be {wanted}, not {value!r}")
+
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            refuse("one of " + ", ".join(get_args(hint)))
+    elif get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            refuse("a list of token counts")
+        return tuple(value)
+    elif hint is str:
+        if not isinstance(value, (str, os.PathLike)):
+            refuse("a path")
+        return os.fspath(value)
+    elif hint is bool:
+        if not isinstance(value, bool):
+            refuse("true or false")
+    elif isinstance(value, bool) or not isinstance(value, int if hint is int else (int, float)):
+        refuse("a whole number" if hint is int else "a number")
+    return float(value) if hint is float else value
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """A YAML mapping of flags, with or without their dashes, as field names."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            mapping = yaml.safe_load(file) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(mapping, dict):
+        raise ValueError(f"--config {path} must be a mapping of flags, such as 'page-size: 1'")
+    values: dict[str, Any] = {}
+    for key, value in mapping.items():
+        name = str(key).lstrip("-").replace("-", "_")
+        if name not in _HINTS:
+            flag = flag_name(name)
+            raise ValueError(
+                f"--config {path}: unknown key {key!r}{_nearest(flag, map(flag_name, _HINTS))}"
+            )
+        if name in values:
+            raise ValueError(f"--config {path} sets {flag_name(name)} twice; keep one")
+        values[name] = value
+    return values

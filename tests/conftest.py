@@ -1,0 +1,23 @@
+"""What every test shares: no GPU test runs without a GPU, and none fails for being slow."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The first torch call of a process is far over hypothesis' default deadline of 200 ms.
+settings.register_profile("breakgraph", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "breakgraph"))
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # workers share the cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason=f"torch {torch.__version__} sees no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

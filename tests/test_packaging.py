@@ -1,0 +1,85 @@
+"""The package imports where GPU, triton and cuda-python are missing, and its pins are complete."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PINS = {
+    path.stem: [
+        line for line in path.read_text().splitlines() if line and not line.startswith(("#", "-c"))
+    ]
+    for path in (ROOT / "constraints").glob("*.txt")
+}
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[\s;<>=!~\[]", requirement, maxsplit=1)[0].lower().replace("_", "-")
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_lazy() -> None:
+    run_python(
+        "import sys, breakgraph.server_args\n"
+        "heavy = {'torch', 'transformers', 'triton', 'cuda', 'yaml', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+
+
+def test_every_module_imports_without_triton_and_cuda_python() -> None:
+    run_python(
+        """
+import importlib, pkgutil, sys
+sys.modules["triton"] = sys.modules["cuda"] = None  # an import of either now fails
+import breakgraph
+optional = {"fastapi", "pydantic", "starlette", "uvicorn", "lm_eval"}  # extras serve and eval
+for module in pkgutil.walk_packages(breakgraph.__path__, "breakgraph."):
+    if module.name.endswith("__main__"):
+        continue
+    try:
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in optional:
+            raise
+"""
+    )
+
+
+def test_public_names_resolve() -> None:
+    import breakgraph
+
+    assert all(getattr(breakgraph, name) is not None for name in breakgraph.__all__)
+    assert set(breakgraph.__all__) == set(dir(breakgraph))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = breakgraph.nothing
+
+
+def test_every_requirement_is_pinned() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert set(extras) == {"cuda", "serve", "eval", "dev"}
+    needed = {name_of(r) for r in project["dependencies"]}
+    needed |= {name_of(r) for extra in ("serve", "eval", "dev") for r in extras[extra]}
+    common = {name_of(line) for line in PINS["common"]}
+    assert needed - common == {"torch"}
+    assert {name_of(line) for line in PINS["cpu"]} == {"setuptools", "torch"}
+    assert {name_of(line) for line in PINS["cuda"]} == {"setuptools", "torch", "triton"}
+    cuda_python = next(r for r in project["dependencies"] if name_of(r) == "cuda-python")
+    assert all(word in cuda_python for word in ("Linux", "x86_64", "aarch64"))
+
+
+def test_pins_are_exact_and_name_no_index() -> None:
+    assert set(PINS) == {"common", "cpu", "cuda"}
+    for name, lines in PINS.items():
+        bad = [line for line in lines if not re.match(r"^[\w.-]+==[\w.]+(; [\w.<>=\" ]+)?$", line)]
+        assert not bad, (name, bad)
+    assert "torch==2.13.0" in PINS["cpu"]
