@@ -1,0 +1,240 @@
+"""The command line: what the offline engine does, from a shell.
+
+Whatever a user can get wrong is one line on stderr and exit code 2. Results go to stdout,
+progress and log lines to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from breakgraph import __version__
+from breakgraph.server_args import FlagParser, ServerArgs
+
+if TYPE_CHECKING:
+    from breakgraph.engine import Engine, GenerateResult, Statistics
+
+SAMPLES = 3
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0, 1 where answers differ, 2 for a mistake."""
+    namespace = _parser().parse_args(argv)
+    try:
+        args = ServerArgs.from_cli_args(namespace)
+        logging.basicConfig(
+            level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
+        )
+        return int(namespace.command(args, namespace))
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if getattr(namespace, "log_level", None) == "debug":
+            raise
+        text = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            text = f"{error.filename}: {error.strerror}"
+        print(f"breakgraph: error: {' '.join(text.split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("breakgraph: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = FlagParser(
+        prog="breakgraph", description="Prefill of language models by breakable CUDA graphs."
+    )
+    parser.add_argument("--version", action="version", version=f"breakgraph {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run", help="answer prompts or a file of questions", description="Answer prompts."
+    )
+    what = run.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a text to continue; may be repeated"
+    )
+    what.add_argument(
+        "--questions",
+        metavar="FILE.jsonl",
+        help='word problems to grade, a line each: {"question": "…", "answer": "… #### N"}',
+    )
+    run.add_argument(
+        "--num-questions", type=_count, metavar="N", help="answer the first N only (default: all)"
+    )
+    run.add_argument(
+        "--max-new-tokens",
+        type=_count,
+        default=256,
+        metavar="N",
+        help="most tokens of an answer (default: 256)",
+    )
+    run.add_argument(
+        "--compare-eager",
+        action="store_true",
+        help="answer again without graphs; exit code 1 if any answer differs",
+    )
+    run.set_defaults(command=_run)
+
+    explain = commands.add_parser(
+        "explain",
+        help="say how prompts of given lengths would run",
+        description="Say into which forwards prompts would be packed, and how each would run.",
+    )
+    explain.add_argument(
+        "--num-tokens", type=_count, nargs="+", required=True, metavar="N", help="prompt lengths"
+    )
+    explain.set_defaults(command=_explain)
+    for command in (run, explain):
+        ServerArgs.add_cli_args(command)
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return value
+
+
+def _run(args: ServerArgs, namespace: argparse.Namespace) -> int:
+    questions = None
+    if namespace.questions is not None:
+        questions = read_questions(namespace.questions)[: namespace.num_questions]
+    elif namespace.num_questions is not None:
+        raise ValueError("--num-questions does nothing without --questions; leave it out")
+    prompts = [q.prompt for q in questions] if questions else namespace.prompt
+
+    from breakgraph.engine import Engine  # torch and transformers take seconds: mistakes come first
+
+    with Engine(args) as engine:
+        results = engine.generate(prompts, namespace.max_new_tokens, progress=True)
+        graphs = copy.deepcopy(engine.statistics)
+        if questions:
+            print_accuracy(questions, results)
+        else:
+            for prompt, result in zip(prompts, results, strict=True):
+                print(f"{prompt}{result.text}\n")
+        again = None
+        if namespace.compare_eager:
+            again = engine.generate(
+                prompts, namespace.max_new_tokens, allow_graph=False, progress=True
+            )
+        print_table(engine, graphs)
+    if again is None:
+        return 0
+    differing = [i for i, (a, b) in enumerate(zip(results, again, strict=True)) if a.text != b.text]
+    print(f"prefills replayed: {graphs.replays} of {graphs.prefills}")
+    print(f"answers the same without graphs: {len(results) - len(differing)} of {len(results)}")
+    for index in differing[:SAMPLES]:
+        print(f"  prompt {index}: {results[index].text!r} became {again[index].text!r}")
+    return 1 if differing else 0
+
+
+def _explain(args: ServerArgs, namespace: argparse.Namespace) -> int:
+    from breakgraph.engine import Engine
+
+    with Engine(args) as engine:
+        print(engine.explain([[0] * count for count in namespace.num_tokens]))
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A word problem and its right answer."""
+
+    question: str
+    answer: float
+
+    @property
+    def prompt(self) -> str:
+        return f"Question: {self.question}\nAnswer:"
+
+
+def read_questions(path: str) -> list[Question]:
+    """The problems of a GSM8K-format file. Raises ValueError, naming the line, or OSError."""
+    questions = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                answer = final_number(entry["answer"])
+                questions.append(Question(str(entry["question"]), answer))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'{path}, line {number}: not {{"question": …, "answer": "… #### N"}} ({error})'
+                ) from error
+    if not questions:
+        raise ValueError(f"{path} holds no questions")
+    return questions
+
+
+def final_number(text: str) -> float:
+    """The number an answer ends in: behind its first ``####`` if any, else its last one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    _, marked, tail = text.partition("####")
+    numbers = NUMBER.findall(tail if marked else text)
+    if not numbers:
+        raise ValueError("the answer has no number")
+    return float(numbers[0 if marked else -1].replace(",", ""))
+
+
+def is_right(question: Question, text: str | None) -> bool:
+    """Whether the text ends in the question's answer."""
+    try:
+        return final_number(text or "") == question.answer
+    except ValueError:
+        return False
+
+
+def print_accuracy(questions: Sequence[Question], results: Sequence[GenerateResult]) -> None:
+    """Some answers, then how many are right."""
+    right = [is_right(q, r.text) for q, r in zip(questions, results, strict=True)]
+    for question, result, ok in list(zip(questions, results, right, strict=True))[:SAMPLES]:
+        print(f"{question.prompt}{result.text}")
+        print("  right\n" if ok else f"  wrong: it is {question.answer:g}\n")
+    print(f"accuracy: {sum(right)}/{len(right)} ({100 * sum(right) / len(right):.1f} %)")
+
+
+def print_table(engine: Engine, graphs: Statistics) -> None:
+    """What the first pass did, and what prefill cost over all passes."""
+    total = engine.statistics
+    rows = [
+        ("prompts", f"{graphs.prompts}"),
+        ("prompt tokens", f"{graphs.prompt_tokens}"),
+        ("generated tokens", f"{graphs.generated_tokens} in {graphs.decodes} decode forwards"),
+        ("prefill forwards", ", ".join(f"{n} {reason}" for reason, n in graphs.reasons.items())),
+        (
+            "bucket hits",
+            ", ".join(f"{bucket} × {n}" for bucket, n in sorted(graphs.buckets.items())) or "none",
+        ),
+    ]
+    if graphs.replays:
+        rows.append(("padding", f"{100 * graphs.padding:.1f} % of the rows replayed"))
+    if engine.runner.graph_runner is not None:
+        captured = engine.runner.graph_runner.graphs
+        graph = captured[max(captured)]
+        shape = f"{graph.num_segments} segments, {graph.num_breaks} breaks each"
+        rows.append(("graphs", f"{len(captured)} buckets, {shape}"))
+    eager = total.prefills - total.replays
+    for name, ms, count in (
+        ("prefill replayed", total.replayed_ms, total.replays),
+        ("prefill eager", total.eager_ms, eager),
+    ):
+        if count:
+            rows.append((name, f"{ms:.1f} ms in {count} forwards, {ms / count:.2f} ms each"))
+    width = max(len(name) for name, _ in rows)
+    print("\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows))

@@ -1,0 +1,113 @@
+"""Prompts become checked token ids before anything is taken from a pool.
+
+Whatever is wrong with a prompt is said here, with the prompt's index, so a refused call leaves
+nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from breakgraph.models.checkpoint import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from breakgraph.server_args import ServerArgs
+
+Prompt: TypeAlias = str | Sequence[int]
+
+
+def load_tokenizer(args: ServerArgs) -> Any | None:
+    """The checkpoint's tokenizer; None with ``--skip-tokenizer-init``.
+
+    Raises:
+        ValueError: the folder holds no tokenizer that transformers can load.
+    """
+    if args.skip_tokenizer_init:
+        return None
+    from transformers import AutoTokenizer
+
+    path = args.tokenizer_path or args.model_path
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # a broken file raises whatever its parser does
+        cause = str(error).partition("\n")[0]
+        raise ValueError(
+            f"no tokenizer could be loaded from {path}: give --tokenizer-path, or prompt with "
+            f"token ids under --skip-tokenizer-init ({type(error).__name__}: {cause})"
+        ) from error
+
+
+def end_token_ids(model_path: str, config: PreTrainedConfig, tokenizer: Any | None) -> set[int]:
+    """The tokens that end a text: of the generation config, else the config, else the tokenizer.
+
+    Raises:
+        ModelLoadError: ``generation_config.json`` is there and is not readable.
+    """
+    path = Path(model_path) / "generation_config.json"
+    for ids in (
+        read_json(path).get("eos_token_id") if path.is_file() else None,
+        getattr(config, "eos_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    ):
+        if ids is not None:
+            return {ids} if isinstance(ids, int) else set(ids)
+    return set()
+
+
+class PromptEncoder:
+    """Texts or token ids to checked token ids.
+
+    Attributes:
+        tokenizer: a transformers tokenizer; None to take token ids only.
+        vocab_size: every id is below it.
+    """
+
+    def __init__(self, tokenizer: Any | None, vocab_size: int) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+
+    def encode(self, prompts: str | Iterable[Prompt]) -> list[list[int]]:
+        """Token ids per prompt; a lone string is one prompt.
+
+        Raises:
+            ValueError: a prompt is empty, is a text and no tokenizer is loaded, or has an
+                element that is no token of the vocabulary.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        return [self._encode(index, prompt) for index, prompt in enumerate(prompts)]
+
+    def _encode(self, index: int, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(
+                    f"prompt {index} is a text and --skip-tokenizer-init left no tokenizer; "
+                    "give token ids"
+                )
+            ids = self.tokenizer(prompt)["input_ids"]
+        elif isinstance(prompt, Sequence | np.ndarray):
+            ids = list(prompt)
+        else:
+            raise ValueError(
+                f"prompt {index} is of type {type(prompt).__name__}; give a list of texts or a "
+                "list of lists of token ids"
+            )
+        if not ids:
+            raise ValueError(f"prompt {index} is empty; give at least one token")
+        for place, token in enumerate(ids):
+            if isinstance(token, bool) or not isinstance(token, int | np.integer):
+                raise ValueError(
+                    f"prompt {index} has {token!r} at {place}, which is no token id; ids are ints"
+                )
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"prompt {index} has token {token} at {place}; the vocabulary has ids 0 to "
+                    f"{self.vocab_size - 1}"
+                )
+        return [int(token) for token in ids]

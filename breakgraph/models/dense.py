@@ -1,0 +1,188 @@
+"""Llama, Qwen2 and Qwen3: one dense decoder, told apart by a ``DenseVariant``.
+
+The residual stream is one tensor, copied from the inputs at the start of a forward and then
+updated in place by the output projections, whose matrix products do the addition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from breakgraph.attention import Attention
+from breakgraph.forward import LayerInputs
+from breakgraph.layers import (
+    Embedding,
+    GatedMLP,
+    Linear,
+    PackedLinear,
+    QKNorm,
+    RMSNorm,
+    RotaryEmbedding,
+    apply_rotary,
+)
+from breakgraph.models.base import CausalLM, LayerStack, PrefillModel, SequenceClassifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseVariant:
+    """What tells one dense architecture from another."""
+
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+
+class DenseAttention(nn.Module):
+    """Fused q, k and v projection, head norm, rotation, attention and output projection."""
+
+    def __init__(self, config: PreTrainedConfig, variant: DenseVariant) -> None:
+        super().__init__()
+        hidden, heads, kv_heads = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
+        head_dim = head_size(config)
+        self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads, head_dim
+        parts = {
+            "q_proj": heads * head_dim,
+            "k_proj": kv_heads * head_dim,
+            "v_proj": kv_heads * head_dim,
+        }
+        self.qkv_proj = PackedLinear(hidden, parts, bias=variant.qkv_bias)
+        self.qk_norm = (
+            QKNorm(heads, kv_heads, head_dim, config.rms_norm_eps) if variant.qk_norm else None
+        )
+        self.attn = Attention(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+        self.o_proj = Linear(heads * head_dim, hidden, bias=variant.output_bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        cos_sin: torch.Tensor,
+        out_cache_loc: torch.Tensor,
+    ) -> torch.Tensor:
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qkv)
+        q, k = apply_rotary(qk, cos_sin).split([self.num_heads, self.num_kv_heads], dim=1)
+        mixed = self.attn(q, k, v, out_cache_loc)
+        return self.o_proj.add_to(residual, mixed.flatten(1))
+
+
+class DenseLayer(nn.Module):
+    """Attention, then the feed-forward block, each after a norm and added to the residual."""
+
+    def __init__(self, config: PreTrainedConfig, variant: DenseVariant) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DenseAttention(config, variant)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=variant.mlp_bias)
+
+    def forward(
+        self, residual: torch.Tensor, cos_sin: torch.Tensor, out_cache_loc: torch.Tensor
+    ) -> torch.Tensor:
+        residual = self.self_attn(self.input_layernorm(residual), residual, cos_sin, out_cache_loc)
+        return self.mlp(self.post_attention_layernorm(residual), residual)
+
+
+class DenseStack(LayerStack):
+    """The decoder layers and the final norm."""
+
+    def __init__(self, config: PreTrainedConfig, variant: DenseVariant) -> None:
+        super().__init__()
+        _refuse_unsupported(config)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.rotary = RotaryEmbedding(config, head_size(config))
+        self.layers = nn.ModuleList(
+            DenseLayer(config, variant) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, inputs: LayerInputs) -> torch.Tensor:
+        residual = inputs.hidden_states.clone()
+        cos_sin = self.rotary(inputs.positions, residual.dtype)
+        for layer in self.layers:
+            residual = layer(residual, cos_sin, inputs.out_cache_loc)
+        return self.norm(residual)
+
+
+class LlamaModel(PrefillModel):
+    """Llama without a head."""
+
+    def build_stack(self, config: PreTrainedConfig) -> LayerStack:
+        bias = config.attention_bias
+        variant = DenseVariant(qkv_bias=bias, output_bias=bias, mlp_bias=config.mlp_bias)
+        return DenseStack(config, variant)
+
+
+class Qwen2Model(PrefillModel):
+    """Qwen2 and Qwen2.5 without a head."""
+
+    def build_stack(self, config: PreTrainedConfig) -> LayerStack:
+        return DenseStack(config, DenseVariant(qkv_bias=True))
+
+
+class Qwen3Model(PrefillModel):
+    """Qwen3 without a head."""
+
+    def build_stack(self, config: PreTrainedConfig) -> LayerStack:
+        bias = config.attention_bias
+        return DenseStack(config, DenseVariant(qkv_bias=bias, output_bias=bias, qk_norm=True))
+
+
+class LlamaForCausalLM(CausalLM, LlamaModel):
+    """Llama 2, 3, 3.1 and 3.2."""
+
+
+class Qwen2ForCausalLM(CausalLM, Qwen2Model):
+    """Qwen2 and Qwen2.5."""
+
+
+class Qwen3ForCausalLM(CausalLM, Qwen3Model):
+    """Qwen3."""
+
+
+class LlamaForSequenceClassification(SequenceClassifier, LlamaModel):
+    """Llama with a score for each label."""
+
+
+class Qwen2ForSequenceClassification(SequenceClassifier, Qwen2Model):
+    """Qwen2 with a score for each label."""
+
+
+class Qwen3ForSequenceClassification(SequenceClassifier, Qwen3Model):
+    """Qwen3 with a score for each label."""
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """Elements of an attention head; Qwen2 configs leave it out."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _refuse_unsupported(config: PreTrainedConfig) -> None:
+    if config.hidden_act not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; silu is")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads {config.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {config.num_key_value_heads}"
+        )
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if slides and config.sliding_window < config.max_position_embeddings:
+        raise ValueError(
+            f"sliding-window attention is not supported, and use_sliding_window asks for a window "
+            f"of {config.sliding_window} in a context of {config.max_position_embeddings}; "
+            "set use_sliding_window to false to attend to the whole context instead"
+        )
