@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 # A CPU forward is bound by arithmetic, so a longer chunk gains nothing there, and a CPU tape keeps
 # every intermediate of its bucket.
-DEFAULT_CHUNK = {"cuda": 8192, "cpu": 2048}
+DEFAULT_CHUNK = {"cuda": 8192, "cpu": 512}
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class ServerArgs:
         2.0, "run eagerly rather than in a bucket of more than this many times the tokens"
     )
     chunked_prefill_size: int | None = _flag(
-        None, "most tokens of one prefill forward (default: 8192 on cuda, 2048 on cpu)", minimum=1
+        None, "most tokens of one prefill forward (default: 8192 on cuda, 512 on cpu)", minimum=1
     )
     max_total_tokens: int | None = _flag(
         None,

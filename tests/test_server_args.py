@@ -233,7 +233,7 @@ def test_buckets_that_go_unused_are_said(caplog, values: dict, said: str) -> Non
 
 def test_resolved_fills_in_what_the_machine_decides(monkeypatch, caplog) -> None:
     caplog.set_level(logging.WARNING)
-    for available, device, chunk in ((False, "cpu", 2048), (True, "cuda", 8192)):
+    for available, device, chunk in ((False, "cpu", 512), (True, "cuda", 8192)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         args = ServerArgs(model_path="m").resolved()
         assert (args.device, args.chunked_prefill_size) == (device, chunk)

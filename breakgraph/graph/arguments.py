@@ -50,29 +50,30 @@ def freeze(
     Raises:
         RefusedArgumentError: for anything else, naming the argument.
     """
+    fixed = tuple(_freeze(name, value, f"argument {i}", fix) for i, value in enumerate(args))
+    named = {key: _freeze(name, value, f"argument {key!r}", fix) for key, value in kwargs.items()}
+    return fixed, named
 
-    def one(value: Any, where: str) -> Any:
-        if isinstance(value, torch.Tensor):
-            if value.is_conj() or value.is_neg():
-                raise RefusedArgumentError(
-                    f"break {name}: {where} is a lazily conjugated or negated view; pass "
-                    "tensor.resolve_conj().resolve_neg()"
-                )
-            return fix(value)
-        if isinstance(value, _CONSTANTS):
-            return value
-        if isinstance(value, tuple):
-            items = [one(item, f"{where}[{i}]") for i, item in enumerate(value)]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        raise RefusedArgumentError(
-            f"break {name}: {where} is a {type(value).__name__}, which a replay would see as it "
-            f"was at capture ({call_site()}). A break takes tensors and constants (int, float, "
-            "bool, str, dtype, tuples of them, modules); read what changes from request to "
-            "request inside the break, for instance from get_forward_context().batch."
-        )
 
-    fixed = tuple(one(value, f"argument {i}") for i, value in enumerate(args))
-    return fixed, {key: one(value, f"argument {key!r}") for key, value in kwargs.items()}
+def _freeze(name: str, value: Any, where: str, fix: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        if value.is_conj() or value.is_neg():
+            raise RefusedArgumentError(
+                f"break {name}: {where} is a lazily conjugated or negated view; pass "
+                "tensor.resolve_conj().resolve_neg()"
+            )
+        return fix(value)
+    if isinstance(value, _CONSTANTS):
+        return value
+    if isinstance(value, tuple):
+        items = [_freeze(name, item, f"{where}[{i}]", fix) for i, item in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    raise RefusedArgumentError(
+        f"break {name}: {where} is a {type(value).__name__}, which a replay would see as it "
+        f"was at capture ({call_site()}). A break takes tensors and constants (int, float, "
+        "bool, str, dtype, tuples of them, modules); read what changes from request to "
+        "request inside the break, for instance from get_forward_context().batch."
+    )
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

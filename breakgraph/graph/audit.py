@@ -20,6 +20,7 @@ SEQUENCE_MIXERS = (
     "aten::_cudnn_attention",
     "aten::_scaled_dot_product",
     "aten::scaled_dot_product_attention",
+    "torch_attn::",
 )
 """Ops that see per-request lengths; in a segment they would replay the capture's lengths."""
 

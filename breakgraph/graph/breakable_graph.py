@@ -44,7 +44,7 @@ from breakgraph.graph.audit import CaptureAudit
 from breakgraph.graph.cuda import require_cuda_python
 from breakgraph.graph.errors import BreakableGraphError
 from breakgraph.graph.landing import Landing
-from breakgraph.graph.provenance import Ownership, SegmentMode
+from breakgraph.graph.provenance import FunctionMode, Ownership, SegmentMode
 from breakgraph.graph.segments import CudaBackend, Segment, SegmentBackend, TapeBackend
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -196,6 +196,7 @@ class BreakableCUDAGraphCapture:
             stack.enter_context(torch.no_grad())
             self._backend.enter(stack)
             stack.enter_context(self._mode)
+            stack.enter_context(FunctionMode(self._mode))
             stack.callback(self._leave)
             _local.capture, self._outer_inside = self, _local.inside
             _local.inside = True
@@ -258,6 +259,7 @@ class BreakableCUDAGraphCapture:
 
     def _leave(self) -> None:
         _local.capture, _local.inside = None, self._outer_inside
+        self._failure = None  # or its traceback would hold this object, and what it holds
 
     def _break(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._mode.watching = False
@@ -325,7 +327,9 @@ def _run(named: Callable[..., Any], fn: Callable[..., Any], args: Any, kwargs: A
     capture = _local.capture
     if capture is None or not capture._mode.watching:
         return fn(*args, **kwargs)
-    return capture._break(getattr(named, "__qualname__", repr(named)), fn, args, kwargs)
+    return capture._break(
+        getattr(named, "__qualname__", type(named).__qualname__), fn, args, kwargs
+    )
 
 
 def eager_on_graph(enable: bool = True) -> Callable[[F], F]:

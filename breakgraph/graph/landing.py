@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Protocol
@@ -32,12 +33,16 @@ class PoolMemory(Protocol):
 
 
 class Landing:
-    """The first result of a break, laid out for its segments (``value``), and ``write``."""
+    """The first result of a break, laid out for its segments (``value``), and ``write``.
+
+    ``write`` lives as long as the graph and refers to neither ``value`` nor this object: what
+    the captured code drops, the pool may give away.
+    """
 
     def __init__(
         self, name: str, result: Any, arguments: Iterable[torch.Tensor], memory: PoolMemory
     ) -> None:
-        self._name = name
+        self._fail = partial(_layout_changed, name)
         self._memory = memory
         self._arguments = {tensor.untyped_storage()._cdata for tensor in arguments}
         self._built: dict[int, tuple[Any, Writer]] = {}
@@ -45,13 +50,6 @@ class Landing:
         self.write: Writer
         self.value, self.write = self._build(result, "its result")
         self._built.clear()
-
-    def _fail(self, where: str, was: str, now: str) -> LayoutChangedError:
-        return LayoutChangedError(
-            f"break {self._name}: {where} was {was} at capture and is {now} at replay. The next "
-            "segment reads the captured layout, so return the same structure, shapes and dtypes "
-            "every time; what varies with the batch belongs in a tensor of fixed shape."
-        )
 
     def _build(self, value: Any, where: str) -> tuple[Any, Writer]:
         if isinstance(value, torch.Tensor):
@@ -72,16 +70,16 @@ class Landing:
         return value, self._constant(value, where)
 
     def _tensor(self, first: torch.Tensor, where: str) -> tuple[torch.Tensor, Writer]:
-        layout = (first.shape, first.dtype, first.device)
+        fail, layout = self._fail, (first.shape, first.dtype, first.device)
         described = f"a {_describe(first)}"
         if first.untyped_storage()._cdata in self._arguments:
             place = (first.data_ptr(), first.stride())
 
             def same_place(new: Any) -> None:
                 if not isinstance(new, torch.Tensor) or (new.data_ptr(), new.stride()) != place:
-                    raise self._fail(where, f"(a view of) an argument, {described}", _describe(new))
+                    raise fail(where, f"(a view of) an argument, {described}", _describe(new))
                 if (new.shape, new.dtype, new.device) != layout:
-                    raise self._fail(where, described, _describe(new))
+                    raise fail(where, described, _describe(new))
 
             return first, same_place
         landed = self._memory.allocate_like(first)
@@ -91,7 +89,7 @@ class Landing:
         def copy_in(new: Any) -> None:
             same = isinstance(new, torch.Tensor) and (new.shape, new.dtype, new.device) == layout
             if not same:
-                raise self._fail(where, described, _describe(new))
+                raise fail(where, described, _describe(new))
             target.copy_(new)
 
         return landed, copy_in
@@ -99,11 +97,11 @@ class Landing:
     def _tuple(self, first: tuple[Any, ...], where: str) -> tuple[Any, Writer]:
         parts = [self._build(item, f"{where}[{i}]") for i, item in enumerate(first)]
         values, writers = [part[0] for part in parts], [part[1] for part in parts]
-        kind, described = type(first), _describe(first)
+        fail, kind, described = self._fail, type(first), _describe(first)
 
         def write(new: Any) -> None:
             if type(new) is not kind or len(new) != len(writers):
-                raise self._fail(where, described, _describe(new))
+                raise fail(where, described, _describe(new))
             for writer, item in zip(writers, new, strict=True):
                 writer(item)
 
@@ -119,12 +117,20 @@ class Landing:
         get: Callable[[Any, Any], Any],
         put: Callable[[Any, Any, Any], None],
     ) -> tuple[Any, Writer]:
-        value, kind, described = copy.copy(first), type(first), _describe(first)
-        writers: dict[Any, Writer] = {}
+        fail, kind, described = self._fail, type(first), _describe(first)
+        value, writers = copy.copy(first), dict[Any, Writer]()
+        refer = _reference(value)
+
+        def replace(key: Any, place: str, was: str, new: Any) -> None:
+            if isinstance(new, torch.Tensor):
+                raise fail(place, was, _describe(new))
+            holder = refer()
+            if holder is not None:
+                put(holder, key, new)
 
         def write(new: Any) -> None:
             if type(new) is not kind or _keys(new) != keys:
-                raise self._fail(where, described, _describe(new))
+                raise fail(where, described, _describe(new))
             for key in keys:
                 writers[key](get(new, key))
 
@@ -135,23 +141,33 @@ class Landing:
                 landed, writers[key] = self._build(item, place)
                 put(value, key, landed)
             else:
-                writers[key] = self._replace(place, _describe(item), partial(put, value, key))
+                writers[key] = partial(replace, key, place, _describe(item))
         return value, write
 
-    def _replace(self, where: str, described: str, put: Writer) -> Writer:
-        def replace(new: Any) -> None:
-            if isinstance(new, torch.Tensor):
-                raise self._fail(where, described, _describe(new))
-            put(new)
-
-        return replace
-
     def _constant(self, first: Any, where: str) -> Writer:
+        fail = self._fail
+
         def unchanged(new: Any) -> None:
             if new is not first and (type(new) is not type(first) or new != first):
-                raise self._fail(where, repr(first), _describe(new))
+                raise fail(where, repr(first), _describe(new))
 
         return unchanged
+
+
+def _layout_changed(name: str, where: str, was: str, now: str) -> LayoutChangedError:
+    return LayoutChangedError(
+        f"break {name}: {where} was {was} at capture and is {now} at replay. The next segment "
+        "reads the captured layout, so return the same structure, shapes and dtypes every time; "
+        "what varies with the batch belongs in a tensor of fixed shape."
+    )
+
+
+def _reference(value: Any) -> Callable[[], Any]:
+    """``value`` for as long as others hold it; for good if it cannot be referred to weakly."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value
 
 
 def _get_item(mapping: Any, key: Any) -> Any:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from breakgraph.graph.arguments import tensors_in
 from breakgraph.graph.audit import CaptureAudit
 from breakgraph.graph.callsite import call_site
-from breakgraph.graph.errors import RefusedOpError
+from breakgraph.graph.errors import BreakableGraphError, RefusedOpError
 from breakgraph.graph.segments import SegmentBackend
 
 
@@ -57,17 +57,11 @@ class SegmentMode(TorchDispatchMode):
         super().__init__()
         self._ownership = ownership
         self._backend = backend
-        self._host_reads = _RefuseHostReads(self)
         self.watching = False
 
-    def __enter__(self) -> SegmentMode:
-        super().__enter__()
-        self._host_reads.__enter__()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self._host_reads.__exit__(*exc)
-        super().__exit__(*exc)
+    def check_op(self, name: str) -> None:
+        if self._ownership.audit is not None:
+            self._ownership.audit.check_op(name)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -75,11 +69,15 @@ class SegmentMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.watching:
             return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled():
+            raise BreakableGraphError(
+                f"torch.inference_mode hides ops from the capture ({call_site()}); use "
+                "torch.no_grad() there"
+            )
+        self.check_op(func.name())
         ownership = self._ownership
-        if ownership.audit is not None:
-            ownership.audit.check_op(func.name())
         inputs = tensors_in(args) + tensors_in(kwargs)
-        self._backend.refuse(func, args)
+        self._backend.refuse(func, args, kwargs)
         for tensor in inputs:
             ownership.note_read(str(func), tensor)
         result = func(*args, **kwargs)
@@ -88,10 +86,15 @@ class SegmentMode(TorchDispatchMode):
         return self._backend.record(func, args, kwargs, result, fresh, ownership)
 
 
-class _RefuseHostReads(TorchFunctionMode):
-    """The few ways to read a CPU tensor that reach no op and would sync on a GPU."""
+class FunctionMode(TorchFunctionMode):
+    """Refuses what shows in no op: host reads of a CPU tensor, attention by plain products."""
 
-    _READS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu)
+    _READS = (
+        torch.Tensor.tolist,
+        torch.Tensor.numpy,
+        torch.Tensor.__array__,
+        torch.Tensor.cpu,
+    )
 
     def __init__(self, mode: SegmentMode) -> None:
         super().__init__()
@@ -100,7 +103,10 @@ class _RefuseHostReads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self._mode.watching and func in self._READS:
+        if not self._mode.watching:
+            return func(*args, **(kwargs or {}))
+        self._mode.check_op(f"aten::{getattr(func, '__name__', '')}")
+        if func in self._READS:
             raise RefusedOpError(
                 f"Tensor.{func.__name__}() copies to the host and waits ({call_site()}); a graph "
                 "segment cannot hold it. Move it into an eager_on_graph break."

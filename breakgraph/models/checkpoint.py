@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelLoadError(
-            f"{path} is missing; a model folder holds config.json beside its safetensors files"
+            f"{path} is missing; a model folder needs it, so download the folder again, whole"
         ) from None
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} is not readable JSON ({error}); download it again") from error
