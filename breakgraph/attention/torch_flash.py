@@ -74,6 +74,9 @@ class TorchFlashBackend(AttentionBackend):
         if plan.key_slots is not None:
             k = layer.k_cache.index_select(0, plan.key_slots)
             v = layer.v_cache.index_select(0, plan.key_slots)
+        if plan.num_tokens != out.shape[0]:
+            # One token a request takes a path that wants exactly as many rows as requests.
+            q, out = q[: plan.num_tokens], out[: plan.num_tokens]
         mixed = self._flash(
             q,
             k,
@@ -87,11 +90,7 @@ class TorchFlashBackend(AttentionBackend):
             False,
             scale=layer.scale,
         )[0]
-        tokens = plan.num_tokens
-        if tokens == out.shape[0]:
-            out.copy_(mixed)
-        else:
-            out[:tokens].copy_(mixed[:tokens])
+        out.copy_(mixed)
 
 
 def _key_slots(batch: ForwardBatch, into: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from breakgraph.graph.errors import (
     RefusedOpError,
     UnjoinedStreamError,
 )
+from breakgraph.graph.inspect import StepInfo, StepTiming, describe, format_table, time_steps
 from breakgraph.graph.tape import TapePool
 
 __all__ = [
@@ -28,10 +29,15 @@ __all__ = [
     "LayoutChangedError",
     "RefusedArgumentError",
     "RefusedOpError",
+    "StepInfo",
+    "StepTiming",
     "TapePool",
     "UnjoinedStreamError",
     "break_graph",
+    "describe",
     "eager_on_graph",
     "enable_breakable_cuda_graph",
+    "format_table",
     "is_in_breakable_cuda_graph",
+    "time_steps",
 ]

@@ -65,7 +65,7 @@ class ModelRunner:
 
     def __init__(self, args: ServerArgs) -> None:
         self.args = args = args.resolved()
-        self.device = torch.device(args.device)
+        self.device = torch.empty(0, device=args.device).device  # "cuda" gets its index
         start = time.perf_counter()
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
         self.model = load_model(
