@@ -54,6 +54,11 @@ class ServerArgs:
     max_prefill_padding: float = _flag(
         2.0, "run eagerly rather than in a bucket of more than this many times the tokens"
     )
+    prefill_dispatch: Literal["auto", "measured", "always"] = _flag(
+        "auto",
+        "measured: run eagerly what start-up timings show to be faster so; always: replay all that "
+        "fits a bucket; auto is measured on cuda",
+    )
     chunked_prefill_size: int | None = _flag(
         None, "most tokens of one prefill forward (default: 8192 on cuda, 512 on cpu)", minimum=1
     )
@@ -129,7 +134,7 @@ class ServerArgs:
     def resolved(self) -> ServerArgs:
         """These arguments with what this machine decides filled in: device, chunk and buckets.
 
-        `dtype` and `attention_backend` may stay "auto": the model's config decides them.
+        Other flags may stay "auto": what decides them is known once the model is loaded.
         """
         import torch
 

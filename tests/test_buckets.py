@@ -16,6 +16,7 @@ from breakgraph.runner.buckets import (
     decide,
     derive_buckets,
 )
+from breakgraph.runner.costs import PrefillCosts, anchors
 
 ladders = st.lists(st.integers(1, 9000), min_size=1).map(lambda b: tuple(sorted(set(b))))
 
@@ -137,4 +138,27 @@ def test_reasons_are_stable_metric_labels() -> None:
         "no_layer_stack",
         "more_tokens_than_largest_bucket",
         "padding_over_limit",
+        "eager_measured_faster",
     ]
+
+
+def test_costs_are_measured_at_both_ends_and_once_an_octave() -> None:
+    assert anchors(derive_buckets(8192)) == [16 << octave for octave in range(10)]
+    assert anchors((16,)) == [16]
+    assert anchors((100, 150, 300, 310)) == [100, 300, 310]
+
+
+@given(tokens=st.integers(1, 8192))
+def test_a_replay_is_chosen_where_its_cost_is_below_the_eager_one(tokens: int) -> None:
+    """Launch-bound below 1000 tokens, then 1 ms a 100 tokens; a replay saves half a millisecond."""
+    sizes = (16, 1000, 8192)
+    costs = PrefillCosts(sizes, (10.5, 10.5, 82.42), (0.66, 10, 81.92))
+    buckets = derive_buckets(8192)
+    bucket = bucket_for(buckets, tokens)
+    chosen = decide(tokens, buckets, 2.0, costs)
+    gain = max(10.5, tokens / 100 + 0.5) / (bucket / 100)
+    if tokens == bucket or gain > 1.05:
+        assert chosen.bucket == bucket
+    elif gain < 1:
+        assert chosen.reason is DispatchReason.EAGER_FASTER
+        assert chosen.refused == bucket and "--prefill-dispatch" in chosen.describe()

@@ -17,6 +17,7 @@ from models_support import VOCAB, make_reference, save_checkpoint
 from breakgraph.forward import ForwardBatch, LayerInputs, get_forward_context
 from breakgraph.graph import ForeignReadError, RefusedOpError
 from breakgraph.runner import DispatchReason, GraphCaptureError, ModelRunner
+from breakgraph.runner.costs import PrefillCosts
 from breakgraph.server_args import ServerArgs
 
 BUCKETS = (16, 32, 64, 128)
@@ -31,6 +32,7 @@ def make_runner(folder: Path, device: str, **flags: Any) -> ModelRunner:
         "chunked_prefill_size": BUCKETS[-1],
         "max_total_tokens": SLOTS,
         "max_running_requests": 16,
+        "prefill_dispatch": "always",
         "dtype": "float32" if device == "cpu" else "bfloat16",
     }
     return ModelRunner(ServerArgs(model_path=str(folder), device=device, **(settings | flags)))
@@ -217,6 +219,23 @@ def test_decisions_are_counted_and_explained(checkpoint: Path) -> None:
     off = make_runner(checkpoint, "cpu", enable_breakable_cuda_graph=False)
     assert off.forward(reasons[DispatchReason.REPLAYED]).dispatch.reason is DispatchReason.DISABLED
     assert "--enable-breakable-cuda-graph" in off.explain(reasons[DispatchReason.REPLAYED])
+
+
+def test_a_batch_that_was_measured_faster_eagerly_runs_so(checkpoint: Path) -> None:
+    runner = make_runner(checkpoint, "cpu", prefill_dispatch="measured")
+    graphs = runner.graph_runner
+    assert graphs is not None and graphs.costs is not None
+    assert graphs.costs.tokens == BUCKETS
+    assert min(*graphs.costs.eager_ms, *graphs.costs.replay_ms) > 0
+    graphs.costs = PrefillCosts(BUCKETS, (9, 9, 9, 18), (1, 2, 9, 17))
+    for tokens, reason in {
+        17: DispatchReason.REPLAYED,
+        50: DispatchReason.EAGER_FASTER,
+        64: DispatchReason.REPLAYED,
+        128: DispatchReason.REPLAYED,
+    }.items():
+        assert runner.forward(make_batch([(tokens, 0)])).dispatch.reason is reason
+    assert "--prefill-dispatch always" in runner.explain(make_batch([(50, 0)]))
 
 
 def test_a_batch_over_the_buffers_is_one_clear_error(runner: ModelRunner) -> None:

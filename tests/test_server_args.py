@@ -25,6 +25,7 @@ SURFACE = [
     ("--enable-breakable-cuda-graph", False, None),
     ("--piecewise-cuda-graph-tokens", None, None),
     ("--max-prefill-padding", 2.0, None),
+    ("--prefill-dispatch", "auto", ("auto", "measured", "always")),
     ("--chunked-prefill-size", None, None),
     ("--max-total-tokens", None, None),
     ("--mem-fraction-static", 0.8, None),

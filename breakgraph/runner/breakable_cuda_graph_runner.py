@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from breakgraph.attention.base import AttentionBackend
 from breakgraph.forward import ForwardBatch, forward_context
 from breakgraph.graph import BreakableCUDAGraph, BreakableCUDAGraphCapture, CaptureAudit, TapePool
+from breakgraph.runner.costs import PrefillCosts, anchors
 from breakgraph.runner.input_buffers import PrefillInputBuffers
 from breakgraph.runner.prefill_graph_runner import PrefillGraphRunner
 
@@ -94,15 +95,56 @@ class BreakableCudaGraphRunner(PrefillGraphRunner):
             self.memory_bytes / 1e9,
         )
 
+    @torch.no_grad()
+    def measure(self) -> None:
+        start, tokens = time.perf_counter(), anchors(self.buckets)
+        batches = [ForwardBatch.dummy(count, self._context_length) for count in tokens]
+        self.costs = PrefillCosts(
+            tokens=tuple(tokens),
+            eager_ms=tuple(self._time(self._eager, batch) for batch in batches),
+            replay_ms=tuple(self._time(self._replay_whole, batch) for batch in batches),
+        )
+        logger.info(
+            "measured eager and replayed prefills in %.2f s: %s",
+            time.perf_counter() - start,
+            ", ".join(
+                f"{n} tokens {eager:.2f} and {replay:.2f} ms"
+                for n, eager, replay in zip(
+                    tokens, self.costs.eager_ms, self.costs.replay_ms, strict=True
+                )
+            ),
+        )
+
+    def _time(self, run: Callable[[ForwardBatch], object], batch: ForwardBatch) -> float:
+        """Milliseconds of a forward, by wall clock; the best of three where they are short."""
+        best = float("inf")
+        for _ in range(3 if batch.num_tokens <= 1024 else 1):
+            self._synchronize()
+            start = time.perf_counter()
+            run(batch)
+            self._synchronize()
+            best = min(best, time.perf_counter() - start)
+        return best * 1e3
+
+    def _eager(self, batch: ForwardBatch) -> None:
+        filled = self.replay_prepare(batch, batch.num_tokens)
+        with forward_context(batch, self.attn_backend):
+            self._stack(filled.inputs)
+
+    def _replay_whole(self, batch: ForwardBatch) -> None:
+        self.replay_prepare(batch, batch.num_tokens)
+        self.replay(batch, batch.num_tokens)
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def _warm_up(self) -> None:
         """Run both ends of the ladder, so that libraries set up before any capture."""
         if self._device.type == "cuda":
             for bucket in {self.buckets[-1], self.buckets[0]}:
-                batch = ForwardBatch.dummy(bucket, self._context_length)
-                filled = self.replay_prepare(batch, bucket)
-                with forward_context(batch, self.attn_backend):
-                    self._stack(filled.inputs)
-            torch.cuda.synchronize(self._device)
+                self._eager(ForwardBatch.dummy(bucket, self._context_length))
+            self._synchronize()
 
     def _capture_bucket(self, bucket: int) -> BreakableCUDAGraph:
         batch = ForwardBatch.dummy(bucket, self._context_length)

@@ -1,8 +1,9 @@
 """The token-bucket ladder, and which bucket serves a batch.
 
-A decision depends on its arguments alone: the batch's token count, the ladder and the padding
-limit, facts which every rank holds alike. So ranks that decide apart decide the same, and no
-decision is hidden: each carries its reason and can say which flag would change it.
+A decision depends on its arguments alone: the batch's token count, the ladder, the padding limit
+and the costs measured at start-up, facts which every rank holds alike. So ranks that decide apart
+decide the same, and no decision is hidden: each carries its reason and can say which flag would
+change it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+
+from breakgraph.runner.costs import PrefillCosts
 
 BUCKET_FLOOR = 16  # the smallest derived bucket; the others, but for the last, are multiples
 _FLAG = "--piecewise-cuda-graph-tokens"
@@ -85,6 +88,7 @@ class DispatchReason(str, Enum):
     NO_LAYER_STACK = "no_layer_stack"
     TOO_MANY_TOKENS = "more_tokens_than_largest_bucket"
     PADDING = "padding_over_limit"
+    EAGER_FASTER = "eager_measured_faster"
 
     def __str__(self) -> str:
         return self.value
@@ -119,17 +123,26 @@ class Dispatch:
             "--enable-breakable-cuda-graph needs to know what to capture",
             DispatchReason.TOO_MANY_TOKENS: f"the largest bucket is {self.refused}: raise "
             f"--chunked-prefill-size, or add a bucket with {_FLAG}",
+            DispatchReason.EAGER_FASTER: f"padding them to bucket {self.refused} was measured to "
+            f"cost more than a replay saves: add a nearer bucket with {_FLAG}, or replay anyway "
+            "with --prefill-dispatch always",
             DispatchReason.PADDING: f"bucket {self.refused} would pad them beyond the limit: raise "
             f"--max-prefill-padding, or add a nearer bucket with {_FLAG}",
         }.get(self.reason, self.reason.value)
         return f"{self.num_tokens} tokens run eagerly: {why}"
 
 
-def decide(num_tokens: int, buckets: Sequence[int], max_padding: float) -> Dispatch:
+def decide(
+    num_tokens: int,
+    buckets: Sequence[int],
+    max_padding: float,
+    costs: PrefillCosts | None = None,
+) -> Dispatch:
     """Pick the bucket for a batch, or the reason for none.
 
     `buckets` ascend; none at all means that graphs are off. `max_padding` bounds
-    `bucket / num_tokens`, where fewer than 16 tokens count as 16.
+    `bucket / num_tokens`, where fewer than 16 tokens count as 16. `costs` refuses a bucket
+    where an eager forward was measured to be faster; None replays whatever fits.
     """
     if num_tokens < 1:
         raise ValueError(f"a prefill batch of {num_tokens} tokens has nothing to run")
@@ -142,4 +155,6 @@ def decide(num_tokens: int, buckets: Sequence[int], max_padding: float) -> Dispa
     # take 6.9 ms eagerly and 2.6 ms replayed, so a short tail is never too padded for bucket 16.
     if bucket > max_padding * max(num_tokens, BUCKET_FLOOR):
         return Dispatch(None, DispatchReason.PADDING, num_tokens, refused=bucket)
+    if costs is not None and not costs.replay_pays(num_tokens, bucket):
+        return Dispatch(None, DispatchReason.EAGER_FASTER, num_tokens, refused=bucket)
     return Dispatch(bucket, DispatchReason.REPLAYED, num_tokens)

@@ -165,6 +165,9 @@ class ModelRunner:
             device=self.device,
         )
         runner.capture()
+        dispatch = self.args.prefill_dispatch
+        if dispatch == "measured" or (dispatch == "auto" and self.device.type == "cuda"):
+            runner.measure()
         return runner
 
     def dispatch(self, batch: ForwardBatch) -> Dispatch:

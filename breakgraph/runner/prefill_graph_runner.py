@@ -10,6 +10,7 @@ import torch
 from breakgraph.attention.base import AttentionBackend
 from breakgraph.forward import ForwardBatch
 from breakgraph.runner.buckets import Dispatch, decide
+from breakgraph.runner.costs import PrefillCosts
 from breakgraph.runner.input_buffers import FilledBatch, PrefillInputBuffers
 
 
@@ -28,16 +29,21 @@ class PrefillGraphRunner(ABC):
         self.attn_backend = attn_backend
         self.buckets = tuple(buckets)
         self.max_padding = max_padding
+        self.costs: PrefillCosts | None = None
 
     def can_run(self, batch: ForwardBatch) -> Dispatch:
         """The bucket for ``batch``, or None with the reason."""
-        return decide(batch.num_tokens, self.buckets, self.max_padding)
+        return decide(batch.num_tokens, self.buckets, self.max_padding, self.costs)
 
     def replay_prepare(self, batch: ForwardBatch, bucket: int) -> FilledBatch:
         """Bring the live batch to where the graph of ``bucket`` reads, and plan its breaks."""
         filled = self.buffers.fill(batch, bucket)
         self.attn_backend.init_forward_metadata(batch)
         return filled
+
+    @abstractmethod
+    def measure(self) -> None:
+        """Time eager forwards and replays, for ``can_run`` to choose by."""
 
     @abstractmethod
     def capture(self) -> None:
