@@ -1,6 +1,6 @@
 """The live batch, which every layer may read and no layer may change."""
 
-from breakgraph.forward.forward_batch import ForwardBatch, LayerInputs
+from breakgraph.forward.forward_batch import ForwardBatch, ForwardMode, LayerInputs
 from breakgraph.forward.forward_context import (
     ForwardContext,
     forward_context,
@@ -11,6 +11,7 @@ from breakgraph.forward.staging import HostStaging
 __all__ = [
     "ForwardBatch",
     "ForwardContext",
+    "ForwardMode",
     "HostStaging",
     "LayerInputs",
     "forward_context",

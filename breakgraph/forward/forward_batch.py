@@ -9,12 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 
 import numpy as np
 import torch
 
 IntArray = np.ndarray
+
+
+class ForwardMode(str, Enum):
+    """What a forward is for; attention breaks a prefill and may be captured in a decode."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +39,9 @@ class ForwardBatch:
             embedding ``input_ids``; None to embed them.
         logprob_targets: int64 ``[num_tokens]``, per row the token whose log-probability
             is wanted, -1 for none; None when nothing is wanted.
+        mode: a decode has one new token a request.
+        rows: int64 ``[batch_size]``, each request's row of the request table; None where the
+            batch is not of the table's requests.
     """
 
     input_ids: IntArray
@@ -40,6 +51,8 @@ class ForwardBatch:
     prefix_slots: IntArray
     input_embeds: torch.Tensor | None = None
     logprob_targets: IntArray | None = None
+    mode: ForwardMode = ForwardMode.PREFILL
+    rows: IntArray | None = None
 
     def __post_init__(self) -> None:
         tokens, new = len(self.input_ids), int(self.extend_lens.sum())
@@ -59,6 +72,8 @@ class ForwardBatch:
                 f"prefixes of {int(self.prefix_lens.sum())} tokens have "
                 f"{len(self.prefix_slots)} cache slots"
             )
+        if self.mode is ForwardMode.DECODE and tokens != len(self.extend_lens):
+            raise ValueError("a decode has one new token a request")
 
     @classmethod
     def from_requests(
@@ -69,6 +84,8 @@ class ForwardBatch:
         *,
         input_embeds: torch.Tensor | None = None,
         logprob_targets: IntArray | None = None,
+        mode: ForwardMode = ForwardMode.PREFILL,
+        rows: IntArray | None = None,
     ) -> ForwardBatch:
         """Pack requests, each given by its new tokens, their slots and its prefix's slots."""
         prefixes = prefix_slots if prefix_slots is not None else [()] * len(new_ids)
@@ -80,6 +97,8 @@ class ForwardBatch:
             prefix_slots=_pack(prefixes),
             input_embeds=input_embeds,
             logprob_targets=logprob_targets,
+            mode=mode,
+            rows=rows,
         )
 
     @classmethod
