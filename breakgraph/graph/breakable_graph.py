@@ -151,8 +151,8 @@ class BreakableCUDAGraphCapture:
 
     Raises:
         BreakableGraphError: inside another capture, under inference mode, on ROCm, or on CUDA
-            without cuda-python. An exception in the block ends the capture, leaves the graph
-            empty and propagates.
+            without a GPU or without cuda-python. An exception in the block ends the capture,
+            leaves the graph empty and propagates.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class BreakableCUDAGraphCapture:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
+        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
         if device.type not in ("cuda", "cpu"):
             raise BreakableGraphError(f"breakable graphs run on cuda and cpu, not on {device}")

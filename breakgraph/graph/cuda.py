@@ -5,6 +5,7 @@ Imported only when a CUDA capture begins, so that the package loads without CUDA
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import threading
 from collections.abc import Callable, Iterable
@@ -20,12 +21,16 @@ def require_cuda_python() -> Any:
     """The ``cuda.bindings.runtime`` module.
 
     Raises:
-        BreakableGraphError: on ROCm, or if cuda-python is not installed.
+        BreakableGraphError: on ROCm, where there is no GPU, or if cuda-python is not installed.
     """
     if torch.version.hip is not None:
         raise BreakableGraphError(
             "breakable CUDA graphs need an NVIDIA GPU; this torch is built for ROCm, whose graphs "
             "cannot be asked for their capture state. Run without --enable-breakable-cuda-graph."
+        )
+    if not torch.cuda.is_available():
+        raise BreakableGraphError(
+            "a capture on cuda was asked for, and torch sees no CUDA device; use device='cpu'"
         )
     try:
         return importlib.import_module("cuda.bindings.runtime")
@@ -117,6 +122,31 @@ def kernel_names(graph: torch.cuda.CUDAGraph) -> list[str]:
                 name = check(driver.cuKernelGetName(params.kern))[0].decode()
         names.append(name)
     return names
+
+
+def pool_segments(pool: tuple[int, int]) -> list[dict[str, Any]]:
+    """What ``torch.cuda.memory_snapshot`` knows of one memory pool."""
+    # torch 2.11 gives up a reference, which it does not own, to each part of the id. Past 256
+    # an int is not immortal, and the next use of the id crashes; lend it the reference.
+    for part in (*pool, False):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(part))
+    return torch.cuda.memory_snapshot(pool, include_traces=False)
+
+
+_failed: list[torch.cuda.CUDAGraph] = []
+
+
+def release_failed(
+    graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: int, *, began: bool
+) -> None:
+    """Take the hands of a capture that failed to begin, or to end, off its memory pool."""
+    _failed.append(graph)  # the host allocator's filter may go on pointing to it
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        if not began or torch.__version__ >= "2.14":
+            return  # it had taken no hold, or lets go of it itself
+    torch._C._cuda_releasePool(device, pool)
 
 
 class ForkWatch:

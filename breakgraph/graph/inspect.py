@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -79,7 +80,7 @@ def time_steps(graph: BreakableCUDAGraph, repeats: int = 20) -> list[StepTiming]
                     events.append(_recorded_event())
             if not on_cpu:
                 events[-1].synchronize()
-                for times, before, after in zip(device, events, events[1:], strict=False):
+                for times, (before, after) in zip(device, pairwise(events), strict=True):
                     times.append(before.elapsed_time(after) * 1e3)
     return [
         StepTiming(

@@ -93,6 +93,7 @@ class FunctionMode(TorchFunctionMode):
         torch.Tensor.tolist,
         torch.Tensor.numpy,
         torch.Tensor.__array__,
+        torch.Tensor.__repr__,
         torch.Tensor.cpu,
     )
 

@@ -12,14 +12,21 @@ import threading
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from breakgraph.graph.arguments import map_tensors, tensors_in
-from breakgraph.graph.cuda import ForkWatch, StreamCapture, kernel_names
-from breakgraph.graph.errors import BreakableGraphError
+from breakgraph.graph.callsite import call_site
+from breakgraph.graph.cuda import (
+    ForkWatch,
+    StreamCapture,
+    kernel_names,
+    pool_segments,
+    release_failed,
+)
+from breakgraph.graph.errors import BreakableGraphError, UnjoinedStreamError
 from breakgraph.graph.tape import UNWRITTEN, Tape, TapePool, refuse_uncapturable
 
 if TYPE_CHECKING:
@@ -213,16 +220,26 @@ class CudaBackend:
 
     def enter(self, stack: ExitStack) -> None:
         stack.enter_context(torch.cuda.device(self._device))
+        if torch.cuda.is_current_stream_capturing():
+            raise BreakableGraphError("the current stream is under capture; captures do not nest")
         outer = torch.cuda.current_stream()
         self._stream.wait_stream(outer)
         stack.callback(outer.wait_stream, self._stream)
         stack.enter_context(torch.cuda.stream(self._stream))
         stack.enter_context(self._watch)
+        torch.cuda.current_blas_handle()  # cuBLAS cannot make one, or its workspace, in a capture
 
     def begin(self) -> None:
         self._watch.forks.clear()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        graph.capture_begin(pool=self.pool, capture_error_mode=self._mode)
+        try:
+            graph.capture_begin(pool=self.pool, capture_error_mode=self._mode)
+        except RuntimeError as error:
+            self._clean_up(graph, began=False)
+            raise BreakableGraphError(
+                f"no capture can begin in the memory pool {self.pool}: {error} A pool ends with "
+                "the last graph in it; after that take a new torch.cuda.graph_pool_handle()."
+            ) from error
         self._graph = graph
 
     def end(self) -> CudaSegment:
@@ -235,10 +252,7 @@ class CudaBackend:
         if self._watch.forks:
             self._capture.check_joined(self._watch.forks)
         num_nodes = self._capture.num_nodes()
-        with warnings.catch_warnings():
-            if num_nodes == 0:
-                warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
-            graph.capture_end()
+        _end_capture(graph)
         self._graph = None
         segment = CudaSegment(graph, num_nodes)
         if num_nodes:
@@ -251,13 +265,27 @@ class CudaBackend:
         if graph is None:
             return
         try:
-            graph.capture_end()
+            with torch.cuda.stream(self._stream):
+                _end_capture(graph)
         except RuntimeError:
-            # capture_end gave up before it took its hands off the pool.
-            torch._C._cuda_endAllocateToPool(self._device.index, self.pool)
-            torch._C._cuda_releasePool(self._device.index, self.pool)
+            self._clean_up(graph, began=True)
+
+    def _clean_up(self, graph: torch.cuda.CUDAGraph, *, began: bool) -> None:
+        """Undo what a capture that failed to begin, or to end, left behind in torch."""
+        release_failed(graph, self.pool, self._device.index, began=began)
+        with torch.cuda.stream(self._stream), suppress(RuntimeError):
+            # The random generators stay in capture mode until some capture ends well.
+            settling = torch.cuda.CUDAGraph()
+            settling.capture_begin(capture_error_mode=self._mode)
+            _end_capture(settling)
 
     def refuse(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.cuda.is_current_stream_capturing():
+            raise UnjoinedStreamError(
+                f"{op} runs on a stream outside the capture ({call_site()}), so no replay would "
+                "run it. In each segment that uses a side stream, first call "
+                "side_stream.wait_stream(torch.cuda.current_stream())."
+            )
         refuse_uncapturable(op, args, kwargs, allow_random=True)
 
     def record(
@@ -281,10 +309,9 @@ class CudaBackend:
     def _in_pool(self, tensor: torch.Tensor) -> bool:
         address = tensor.untyped_storage().data_ptr()
         if not self._covers(address):
-            found = torch.cuda.memory_snapshot(self.pool)
             self._ranges = sorted(
                 (segment["address"], segment["address"] + segment["total_size"])
-                for segment in found
+                for segment in pool_segments(self.pool)
             )
         return self._covers(address)
 
@@ -307,6 +334,16 @@ class CudaBackend:
         finally:
             torch._C._cuda_endAllocateToPool(index, self.pool)
             torch._C._cuda_releasePool(index, self.pool)
+
+
+_quiet = threading.Lock()
+
+
+def _end_capture(graph: torch.cuda.CUDAGraph) -> None:
+    """``capture_end`` without its warning that the graph is empty, which a segment may be."""
+    with _quiet, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+        graph.capture_end()
 
 
 class _Streams(threading.local):
