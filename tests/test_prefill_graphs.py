@@ -40,7 +40,7 @@ def make_runner(folder: Path, device: str, **flags: Any) -> ModelRunner:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = make_reference("Qwen3ForCausalLM", head_dim=16)
+    model = make_reference("Qwen3ForCausalLM", head_dim=16, max_position_embeddings=192)
     return save_checkpoint(model, tmp_path_factory.mktemp("qwen3"))
 
 
@@ -243,6 +243,17 @@ def test_a_batch_over_the_buffers_is_one_clear_error(runner: ModelRunner) -> Non
         runner.forward(make_batch([(129, 0)]))
     with pytest.raises(ValueError, match="--max-running-requests"):
         runner.forward(make_batch([(1, 0)] * 17))
+    assert_replay_equals_eager(runner, make_batch([(20, 0)]))
+
+
+def test_what_would_read_past_a_table_is_refused_on_the_host(runner: ModelRunner) -> None:
+    with pytest.raises(ValueError, match="193 tokens is longer than the context of 192"):
+        runner.forward(make_batch([(100, 93)]))
+    batch = make_batch([(20, 0)])
+    for token in (-1, VOCAB):
+        batch.input_ids[7] = token
+        with pytest.raises(ValueError, match=f"token {token} is not in the vocabulary"):
+            runner.forward(batch)
     assert_replay_equals_eager(runner, make_batch([(20, 0)]))
 
 

@@ -185,7 +185,12 @@ class ModelRunner:
         Args:
             batch: at most ``chunk_size`` tokens and ``max_running_requests`` requests.
             allow_graph: False runs eagerly whatever the ladder says (decode, comparisons).
+
+        Raises:
+            ValueError: the batch does not fit, or holds a token out of vocabulary or past the
+                context; on a GPU either would end the process.
         """
+        self._check(batch)
         if allow_graph:
             dispatch = self.dispatch(batch)
         else:
@@ -202,6 +207,18 @@ class ModelRunner:
             with forward_context(batch, self.attn_backend):
                 hidden = self._eager(filled.inputs)
         return self._tail(dispatch, hidden, filled)
+
+    def _check(self, batch: ForwardBatch) -> None:
+        longest = int((batch.extend_lens + batch.prefix_lens).max())
+        if longest > self.context_length:
+            raise ValueError(
+                f"a request of {longest} tokens is longer than the context of {self.context_length}"
+            )
+        low, high = int(batch.input_ids.min()), int(batch.input_ids.max())
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"token {low if low < 0 else high} is not in the vocabulary of {self.vocab_size}"
+            )
 
     def explain(self, batch: ForwardBatch) -> str:
         """How ``batch`` would run and why, and what earlier forwards did."""
