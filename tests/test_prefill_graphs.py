@@ -16,6 +16,7 @@ from models_support import VOCAB, make_reference, save_checkpoint
 
 from breakgraph.forward import ForwardBatch, LayerInputs, get_forward_context
 from breakgraph.graph import ForeignReadError, RefusedOpError
+from breakgraph.graph.cuda import pool_segments
 from breakgraph.runner import DispatchReason, GraphCaptureError, ModelRunner
 from breakgraph.runner.costs import PrefillCosts
 from breakgraph.server_args import ServerArgs
@@ -75,7 +76,7 @@ def poison(runner: ModelRunner) -> None:
     if runner.device.type == "cpu":
         pool.poison()
         return
-    for segment in torch.cuda.memory_snapshot(pool):
+    for segment in pool_segments(pool):
         storage = torch._C._construct_storage_from_data_pointer(
             segment["address"], runner.device, segment["total_size"]
         )

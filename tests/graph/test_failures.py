@@ -257,6 +257,20 @@ def test_a_cuda_error_in_a_segment_is_the_one_shown(place, sync):
 
 
 @pytest.mark.gpu
+def test_a_cuda_error_in_a_segment_gives_its_memory_back():
+    x = torch.ones((3, 1 << 20), device="cuda")
+
+    def attempt():
+        with pytest.raises(RuntimeError, match="captur"):
+            capture(lambda: (mixed(x * 2) * 2, torch.cuda.synchronize()), "cuda")
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    assert attempt() == attempt() == attempt()
+
+
+@pytest.mark.gpu
 def test_a_swallowed_cuda_error_is_an_error_at_the_end():
     x = torch.randn(SHAPE, device="cuda")
 

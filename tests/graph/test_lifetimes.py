@@ -280,6 +280,16 @@ def memory_in_use(device):
     return torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[0]
 
 
+def test_a_replay_writes_to_nobody_elses_memory(device):
+    """Landings and scratch that the captured code dropped are still the pool's."""
+    x = torch.ones(SHAPE, device=device)
+    graph, out = capture(lambda: [mixed(mixed(x * n) + n) for n in range(4)][-1] * 2, device)
+    others = [torch.zeros(SHAPE, device=device) for _ in range(512)]
+    graph.replay()
+    assert not any(other.any() for other in others)
+    torch.testing.assert_close(out, mixed(mixed(x * 3) + 3) * 2)
+
+
 def test_reset_gives_the_memory_back(device):
     x = torch.ones(BIG, device=device)
     graph = BreakableCUDAGraph()
