@@ -1,4 +1,4 @@
-"""The command line: what the offline engine does, from a shell.
+"""The command line: what the offline engine and the server do, from a shell.
 
 Whatever a user can get wrong is one line on stderr and exit code 2. Results go to stdout,
 progress and log lines to stderr.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import logging
 import re
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from breakgraph.engine import Engine, GenerateResult, Statistics
 
 SAMPLES = 3
+SERVING = ("fastapi", "prometheus_client", "pydantic", "uvicorn")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -93,7 +95,14 @@ def _parser() -> argparse.ArgumentParser:
         "--num-tokens", type=_count, nargs="+", required=True, metavar="N", help="prompt lengths"
     )
     explain.set_defaults(command=_explain)
-    for command in (run, explain):
+
+    serve = commands.add_parser(
+        "serve",
+        help="answer HTTP requests",
+        description="Serve OpenAI's API, and a page to try it on, over HTTP.",
+    )
+    serve.set_defaults(command=_serve)
+    for command in (run, explain, serve):
         ServerArgs.add_cli_args(command)
     return parser
 
@@ -144,6 +153,16 @@ def _explain(args: ServerArgs, namespace: argparse.Namespace) -> int:
 
     with Engine(args) as engine:
         print(engine.explain([[0] * count for count in namespace.num_tokens]))
+    return 0
+
+
+def _serve(args: ServerArgs, namespace: argparse.Namespace) -> int:
+    missing = [name for name in SERVING if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"serving needs {', '.join(missing)}: pip install 'breakgraph[serve]'")
+    from breakgraph.server.serve import serve
+
+    serve(args)
     return 0
 
 

@@ -21,11 +21,14 @@ logger = logging.getLogger(__name__)
 # every intermediate of its bucket.
 DEFAULT_CHUNK = {"cuda": 8192, "cpu": 512}
 
+BREAKABLE_DECODE_ENV = "BREAKGRAPH_USE_BREAKABLE_CUDA_GRAPH"
+
 T = TypeVar("T")
 
 
-def _flag(default: T, help: str, minimum: int | None = None) -> T:
-    return field(default=default, metadata={"help": help, "minimum": minimum})
+def _flag(default: T, help: str, minimum: int | None = None, text: str | None = None) -> T:
+    """A field; ``text`` names what a string holds where it is no path."""
+    return field(default=default, metadata={"help": help, "minimum": minimum, "text": text})
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -47,6 +50,25 @@ class ServerArgs:
     )
     enable_breakable_cuda_graph: bool = _flag(
         False, "capture prefill once per token bucket and replay it, attention run in the breaks"
+    )
+    cuda_graph_backend_prefill: Literal["breakable", "disabled"] | None = _flag(
+        None,
+        "how prefill is captured (default: breakable with --enable-breakable-cuda-graph, else "
+        "disabled)",
+    )
+    cuda_graph_backend_decode: Literal["full", "breakable", "disabled"] | None = _flag(
+        None,
+        "how decode is captured: full is one segment, breakable breaks where the model is marked "
+        f"(default: full on cuda, disabled on cpu; breakable with {BREAKABLE_DECODE_ENV}=1)",
+    )
+    disable_cuda_graph: bool = _flag(
+        False, "decode eagerly: the same as --cuda-graph-backend-decode disabled"
+    )
+    cuda_graph_bs: tuple[int, ...] | None = _flag(
+        None, "batch sizes of decode to capture (default: 1 2 4 8 16 24 … --max-running-requests)"
+    )
+    debug_cuda_graph: bool = _flag(
+        False, "run each forward as one break of its graph, so that print and breakpoint work"
     )
     piecewise_cuda_graph_tokens: tuple[int, ...] | None = _flag(
         None, "token buckets to capture (default: derived, at most 12.5% padding)"
@@ -71,7 +93,13 @@ class ServerArgs:
         0.8, "share of device memory for weights, KV cache and graphs, between 0 and 1"
     )
     max_running_requests: int = _flag(64, "most requests in one batch", minimum=1)
+    max_queued_requests: int = _flag(
+        1024, "most requests that wait to run; the server refuses more", minimum=1
+    )
     page_size: int = _flag(1, "tokens in a page of the KV cache", minimum=1)
+    disable_radix_cache: bool = _flag(
+        False, "forget a prompt's keys and values once it is answered; share none between prompts"
+    )
     is_embedding: bool = _flag(False, "serve embeddings in place of logits")
     pooling: Literal["last", "mean", "cls"] = _flag(
         "last", "how --is-embedding makes one vector of a sequence"
@@ -80,6 +108,23 @@ class ServerArgs:
     log_level: Literal["debug", "info", "warning", "error"] = _flag(
         "info", "least severe line logged"
     )
+    host: str = _flag("127.0.0.1", "address the server listens on; 0.0.0.0 is every one", text="IP")
+    port: int = _flag(30000, "port the server listens on; 0 takes a free one", minimum=0)
+    api_key: str | None = _flag(
+        None, "key that every request to the server but /health must bear", text="KEY"
+    )
+    served_model_name: str | None = _flag(
+        None, "name that requests call the model by (default: --model-path)", text="NAME"
+    )
+    chat_template: str | None = _flag(
+        None, "Jinja file that turns chat messages into a prompt (default: the tokenizer's own)"
+    )
+    max_body_bytes: int = _flag(4 << 20, "largest request body the server reads", minimum=1024)
+    max_choices: int = _flag(
+        128, "most prompts times n, or texts, in one request to the server", minimum=1
+    )
+    request_seconds: float = _flag(600.0, "longest a request to the server may take")
+    drain_seconds: float = _flag(30.0, "longest the server finishes requests after SIGTERM")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -100,6 +145,13 @@ class ServerArgs:
                 "--mem-fraction-static is a share between 0 and 1, such as 0.8, "
                 f"not {self.mem_fraction_static}"
             )
+        for name in ("request_seconds", "drain_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{flag_name(name)} must be more than 0 seconds")
+        if self.port > 65535:
+            raise ValueError(f"--port is at most 65535, not {self.port}")
+        if self.api_key is not None and not self.api_key.strip():
+            raise ValueError("--api-key is empty; leave the flag out to serve without a key")
         self._check_together()
 
     def _check_together(self) -> None:
@@ -117,6 +169,7 @@ class ServerArgs:
             raise ValueError(
                 f"--pooling {self.pooling} does nothing without --is-embedding; add it"
             )
+        self._check_graphs()
         chunk, total = self.chunked_prefill_size, self.max_total_tokens
         if chunk is not None and total is not None and chunk > total:
             raise ValueError(
@@ -131,14 +184,54 @@ class ServerArgs:
             for note in notes:
                 logger.warning("%s", note)
 
+    def _check_graphs(self) -> None:
+        prefill, decode = self.cuda_graph_backend_prefill, self.cuda_graph_backend_decode
+        if self.enable_breakable_cuda_graph and prefill == "disabled":
+            raise ValueError(
+                "--enable-breakable-cuda-graph and --cuda-graph-backend-prefill disabled "
+                "contradict each other; leave one out"
+            )
+        if self.disable_cuda_graph and decode not in (None, "disabled"):
+            raise ValueError(
+                f"--disable-cuda-graph and --cuda-graph-backend-decode {decode} contradict each "
+                "other; leave one out"
+            )
+        if self.cuda_graph_bs is None:
+            return
+        if self.disable_cuda_graph:
+            raise ValueError("--cuda-graph-bs and --disable-cuda-graph contradict each other")
+        from breakgraph.runner.buckets import check_batch_sizes  # here: runner imports this module
+
+        ladder, notes = check_batch_sizes(self.cuda_graph_bs, self.max_running_requests)
+        object.__setattr__(self, "cuda_graph_bs", ladder)
+        for note in notes:
+            logger.warning("%s", note)
+
+    def _graph_backends(self, device: str) -> tuple[Any, Any]:
+        """What captures prefill, and what captures decode."""
+        on = self.enable_breakable_cuda_graph
+        prefill = self.cuda_graph_backend_prefill or ("breakable" if on else "disabled")
+        decode, env = self.cuda_graph_backend_decode, os.environ.get(BREAKABLE_DECODE_ENV)
+        if decode is None:
+            decode = "full" if device == "cuda" or self.cuda_graph_bs else "disabled"
+            decode = (
+                "disabled" if self.disable_cuda_graph else "breakable" if env == "1" else decode
+            )
+        elif decode == "full" and env == "1":
+            raise ValueError(
+                f"--cuda-graph-backend-decode full and {BREAKABLE_DECODE_ENV}=1 contradict each "
+                "other; leave one out"
+            )
+        return prefill, decode
+
     def resolved(self) -> ServerArgs:
-        """These arguments with what this machine decides filled in: device, chunk and buckets.
+        """These arguments with what this machine decides filled in: device, graphs and buckets.
 
         Other flags may stay "auto": what decides them is known once the model is loaded.
         """
         import torch
 
-        from breakgraph.runner.buckets import derive_buckets
+        from breakgraph.runner.buckets import derive_batch_sizes, derive_buckets
 
         device = self.device
         if device == "auto":
@@ -153,7 +246,13 @@ class ServerArgs:
         derived = derive_buckets(chunk)
         ladder = self.piecewise_cuda_graph_tokens or derived
         flag = "--piecewise-cuda-graph-tokens"
-        if ladder != derived and not self.enable_breakable_cuda_graph:
+        prefill, decode = self._graph_backends(device)
+        sizes = derive_batch_sizes(self.max_running_requests)
+        if self.debug_cuda_graph and prefill == decode == "disabled":
+            logger.warning("--debug-cuda-graph does nothing without graphs to debug")
+        if self.cuda_graph_bs not in (None, sizes) and decode == "disabled":
+            logger.warning("--cuda-graph-bs does nothing: decode graphs are disabled")
+        if ladder != derived and prefill == "disabled":
             logger.warning("%s does nothing without --enable-breakable-cuda-graph", flag)
         elif ladder[-1] < chunk:
             logger.warning(
@@ -163,6 +262,10 @@ class ServerArgs:
         return replace(
             self,
             device=device,
+            enable_breakable_cuda_graph=prefill == "breakable",
+            cuda_graph_backend_prefill=prefill,
+            cuda_graph_backend_decode=decode,
+            cuda_graph_bs=None if self.disable_cuda_graph else self.cuda_graph_bs or sizes,
             chunked_prefill_size=chunk,
             piecewise_cuda_graph_tokens=ladder,
         )
@@ -175,6 +278,7 @@ class ServerArgs:
             action = group.add_argument(
                 flag_name(f.name), default=argparse.SUPPRESS, **_parser_options(_HINTS[f.name])
             )
+            action.metavar = f.metadata.get("text") or action.metavar
             said = f.default in (MISSING, None) or "(default" in f.metadata["help"]
             text = f.metadata["help"] + ("" if said else f" (default: {f.default})")
             action.help = text.replace("%", "%%")

@@ -18,7 +18,9 @@ import transformers
 
 from breakgraph.attention import Attention, TorchNativeBackend
 from breakgraph.forward import ForwardBatch, LayerInputs, forward_context
+from breakgraph.graph.cuda import pool_segments
 from breakgraph.models import PrefillModel
+from breakgraph.runner import ModelRunner
 
 VOCAB = 97
 TINY = {
@@ -142,6 +144,20 @@ def run_prompts(
     new = [slots.take(len(prompts[i]) - len(cached[i])) for i in range(len(prompts))]
     forward(range(len(prompts)), lambda i: slice(len(cached[i]), None), new, cached)
     return [torch.cat(parts) for parts in outputs]
+
+
+def poison(runner: ModelRunner) -> None:
+    """Fill the graphs' pool with NaN: what a replay reads, it must have written."""
+    graphs = runner.graph_runner or runner.decode_graph_runner
+    assert graphs is not None
+    if runner.device.type == "cpu":
+        graphs.pool.poison()
+        return
+    for segment in pool_segments(graphs.pool):
+        storage = torch._C._construct_storage_from_data_pointer(
+            segment["address"], runner.device, segment["total_size"]
+        )
+        torch.empty(0, dtype=torch.uint8, device=runner.device).set_(storage).fill_(0xFF)
 
 
 def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:

@@ -139,6 +139,8 @@ def test_reasons_are_stable_metric_labels() -> None:
         "more_tokens_than_largest_bucket",
         "padding_over_limit",
         "eager_measured_faster",
+        "more_requests_than_largest_bucket",
+        "no_request_rows",
     ]
 
 

@@ -7,21 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from engine_support import CONTEXT, END, VOCAB, save_byte_model
 from models_support import make_reference, save_checkpoint
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from breakgraph import Engine
-from breakgraph.engine.planning import Limits, Planner, Request
-from breakgraph.engine.sampling import Sampler
-from breakgraph.engine.stopping import StopRule
 from breakgraph.engine.tokenization import PromptEncoder, end_token_ids
-from breakgraph.memory import RequestTable, SlotAllocator
 from breakgraph.server_args import ServerArgs
 
-CONTEXT, VOCAB, END = 96, 300, 256
 LENGTHS = (1, 5, 17, 40, 3, 31, 64, 12)
 PROMPTS = [[(7 * n + 3 * i * i + i) % 250 for i in range(n)] for n in LENGTHS]
 GRAPHS = {"enable_breakable_cuda_graph": True, "piecewise_cuda_graph_tokens": [16, 32, 64, 128]}
@@ -30,22 +23,8 @@ GRAPHS = {"enable_breakable_cuda_graph": True, "piecewise_cuda_graph_tokens": [1
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Qwen3ForCausalLM]:
     """A random Qwen3 with a byte tokenizer: its folder, and the model in transformers."""
-    model = make_reference(
-        "Qwen3ForCausalLM",
-        vocab_size=VOCAB,
-        max_position_embeddings=CONTEXT,
-        head_dim=8,
-        bos_token_id=None,
-        eos_token_id=END,
-        pad_token_id=END,
-    )
-    folder = save_checkpoint(model, tmp_path_factory.mktemp("qwen3"))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("qwen3")
+    model = save_byte_model(folder)
     return folder, model
 
 
@@ -299,15 +278,6 @@ def test_sampling_repeats_for_a_seed(reference):
     assert sample(1) == sample(1) != sample(2)
 
 
-def test_sampling_follows_the_temperature():
-    logits = torch.tensor([[0.0, 1.0, -math.inf]]).expand(4000, 3)
-    sampler = Sampler(torch.device("cpu"), seed=0)
-    assert set(sampler(logits, 0.0)) == {1}
-    drawn = sampler(logits, 0.5)
-    assert 2 not in drawn
-    assert sum(drawn) / len(drawn) == pytest.approx(1 / (1 + math.exp(-2)), abs=0.03)
-
-
 def test_without_a_tokenizer_ids_are_served_and_texts_refused(reference):
     with make(reference[0], skip_tokenizer_init=True) as engine:
         assert engine.generate([[1, 2]], 2)[0].text is None
@@ -343,20 +313,6 @@ def test_stop_strings_end_a_text_before_them(engine: Engine):
     assert len(cut.token_ids) < len(full.token_ids)
 
 
-def test_stop_rule_looks_at_the_new_end_only():
-    class Letters:
-        def decode(self, ids, skip_special_tokens):
-            return "".join(chr(i) for i in ids)
-
-    rule = StopRule(Letters(), {0}, ["##"])
-    text = [ord(c) for c in "abc" * 20 + "##"]
-    assert rule.check(text[:-1], full=False) is None
-    assert rule.check(text, full=False) == "stop"
-    assert rule.check([1, 0], full=True) == "stop"
-    assert rule.check([1, 2], full=True) == "length"
-    assert rule.text(text) == "abc" * 20
-
-
 def test_end_tokens_are_those_of_the_generation_config_first(reference, tmp_path: Path):
     config = reference[1].config
     assert end_token_ids(str(tmp_path), config, None) == {END}
@@ -373,62 +329,3 @@ def test_numpy_ids_are_ids():
     import numpy as np
 
     assert PromptEncoder(None, 9).encode([np.array([1, 2]), (np.int32(3),)]) == [[1, 2], [3]]
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    work=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 8)), min_size=1, max_size=25),
-    chunk=st.integers(1, 30),
-    rows=st.integers(1, 6),
-    page=st.sampled_from([1, 4]),
-    spare=st.integers(0, 60),
-)
-def test_plans_fit_and_every_token_is_taken_once(work, chunk, rows, page, spare):
-    """Against real pools: no plan overdraws them, and each request gets its tokens in order."""
-    pool = (max(n + new for n, new in work) + spare + page - 1) // page * page
-    limits = Limits(chunk_size=chunk, max_running_requests=rows, num_tokens=pool, page_size=page)
-    table = RequestTable(rows, 64, SlotAllocator(pool, page))
-    requests = [Request(i, [0] * n, n, n + new) for i, (n, new) in enumerate(work)]
-    planner = Planner(requests, limits)
-    finished, admitted = [], []
-    while True:
-        pieces, is_prefill = planner.next_forward()
-        if not pieces:
-            break
-        assert 1 <= sum(p.count for p in pieces) <= chunk
-        assert len({p.request.index for p in pieces}) == len(pieces)
-        for piece in pieces:
-            request = piece.request
-            if request.row is None:
-                request.row = table.acquire()
-                admitted.append(request.index)
-            assert piece.start == request.computed == len(table.slots(request.row))
-            table.extend(request.row, piece.count)
-            request.computed += piece.count
-            assert piece.completes == (request.computed == len(request.ids))
-            assert is_prefill == (piece.start < request.prompt_len)
-            if request.prompt_len <= chunk:
-                assert piece.completes
-        for piece in pieces:
-            request = piece.request
-            if piece.completes and len(request.ids) == request.max_cached:
-                planner.finish(request)
-                table.release(request.row)
-                finished.append(request.index)
-            elif piece.completes:
-                request.ids.append(0)
-    assert sorted(finished) == admitted == list(range(len(work)))
-    assert table.is_empty
-
-
-def test_short_prompts_share_a_forward_and_a_long_ones_rest_goes_first():
-    limits = Limits(chunk_size=10, max_running_requests=8, num_tokens=100)
-    requests = [Request(i, [0] * n, n, n) for i, n in enumerate([4, 3, 6, 25, 2])]
-    planner, plans = Planner(requests, limits), []
-    while pieces := planner.next_forward()[0]:
-        plans.append([(p.request.index, p.count) for p in pieces])
-        for piece in pieces:
-            piece.request.computed += piece.count
-            if piece.completes:
-                planner.finish(piece.request)
-    assert plans == [[(0, 4), (1, 3)], [(2, 6), (3, 4)], [(3, 10)], [(3, 10)], [(3, 1), (4, 2)]]

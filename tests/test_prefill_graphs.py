@@ -12,11 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_support import VOCAB, make_reference, save_checkpoint
+from models_support import VOCAB, make_reference, poison, save_checkpoint
 
 from breakgraph.forward import ForwardBatch, LayerInputs, get_forward_context
 from breakgraph.graph import ForeignReadError, RefusedOpError
-from breakgraph.graph.cuda import pool_segments
 from breakgraph.runner import DispatchReason, GraphCaptureError, ModelRunner
 from breakgraph.runner.costs import PrefillCosts
 from breakgraph.server_args import ServerArgs
@@ -67,20 +66,6 @@ def make_batch(lengths: list[tuple[int, int]], seed: int = 0, **fields: Any) -> 
         [row[:prefix] for row, (_, prefix) in zip(rows, lengths, strict=True)],
         **fields,
     )
-
-
-def poison(runner: ModelRunner) -> None:
-    """Fill the graphs' pool with NaN: what a replay reads, it must have written."""
-    assert runner.graph_runner is not None
-    pool = runner.graph_runner.pool
-    if runner.device.type == "cpu":
-        pool.poison()
-        return
-    for segment in pool_segments(pool):
-        storage = torch._C._construct_storage_from_data_pointer(
-            segment["address"], runner.device, segment["total_size"]
-        )
-        torch.empty(0, dtype=torch.uint8, device=runner.device).set_(storage).fill_(0xFF)
 
 
 def assert_replay_equals_eager(runner: ModelRunner, batch: ForwardBatch) -> None:

@@ -23,6 +23,11 @@ SURFACE = [
     ("--dtype", "auto", ("auto", "float32", "bfloat16", "float16")),
     ("--attention-backend", "auto", ("auto", "torch_flash", "torch_native")),
     ("--enable-breakable-cuda-graph", False, None),
+    ("--cuda-graph-backend-prefill", None, ("breakable", "disabled")),
+    ("--cuda-graph-backend-decode", None, ("full", "breakable", "disabled")),
+    ("--disable-cuda-graph", False, None),
+    ("--cuda-graph-bs", None, None),
+    ("--debug-cuda-graph", False, None),
     ("--piecewise-cuda-graph-tokens", None, None),
     ("--max-prefill-padding", 2.0, None),
     ("--prefill-dispatch", "auto", ("auto", "measured", "always")),
@@ -30,11 +35,22 @@ SURFACE = [
     ("--max-total-tokens", None, None),
     ("--mem-fraction-static", 0.8, None),
     ("--max-running-requests", 64, None),
+    ("--max-queued-requests", 1024, None),
     ("--page-size", 1, None),
+    ("--disable-radix-cache", False, None),
     ("--is-embedding", False, None),
     ("--pooling", "last", ("last", "mean", "cls")),
     ("--random-seed", 0, None),
     ("--log-level", "info", ("debug", "info", "warning", "error")),
+    ("--host", "127.0.0.1", None),
+    ("--port", 30000, None),
+    ("--api-key", None, None),
+    ("--served-model-name", None, None),
+    ("--chat-template", None, None),
+    ("--max-body-bytes", 4 << 20, None),
+    ("--max-choices", 128, None),
+    ("--request-seconds", 600.0, None),
+    ("--drain-seconds", 30.0, None),
     ("--config", None, None),
 ]
 
@@ -130,6 +146,24 @@ def test_command_line_file_and_keywords_agree(tmp_path_factory, values: dict) ->
         ({"device": "cpu", "attention_backend": "torch_flash"}, "use torch_native"),
         ({"dtype": "float32", "attention_backend": "torch_flash"}, "use --dtype bfloat16"),
         ({"pooling": "mean"}, "--is-embedding"),
+        (
+            {"enable_breakable_cuda_graph": True, "cuda_graph_backend_prefill": "disabled"},
+            "--enable-breakable-cuda-graph and --cuda-graph-backend-prefill disabled contradict",
+        ),
+        (
+            {"disable_cuda_graph": True, "cuda_graph_backend_decode": "full"},
+            "--disable-cuda-graph and --cuda-graph-backend-decode full contradict",
+        ),
+        (
+            {"disable_cuda_graph": True, "cuda_graph_bs": [1]},
+            "--cuda-graph-bs and --disable-cuda-graph contradict",
+        ),
+        ({"cuda_graph_bs": [4, 0]}, "--cuda-graph-bs: 0 is no bucket; each is a request count"),
+        (
+            {"cuda_graph_bs": [128]},
+            "exceeds the largest forward of 64 requests, so nothing would ever use it; remove it "
+            "or raise --max-running-requests",
+        ),
     ],
 )
 def test_bad_value_names_flag_and_fix(values: dict, said: str) -> None:
@@ -215,7 +249,7 @@ def test_disorder_in_the_buckets_is_said_once(caplog) -> None:
         piecewise_cuda_graph_tokens=[64, 16, 16],  # type: ignore[arg-type]
     )
     assert args.piecewise_cuda_graph_tokens == (16, 64)
-    assert args.resolved() == args
+    assert args.resolved().piecewise_cuda_graph_tokens == (16, 64)
     assert len(caplog.messages) == 2
     assert "sorted" in caplog.text and "repeated" in caplog.text
 
@@ -258,3 +292,74 @@ def test_help_shows_each_flag_and_its_default(capsys) -> None:
     assert all(flag in text for flag, _, _ in SURFACE)
     assert "at most 12.5% padding" in text and "(default: 2.0)" in text
     assert "SUPPRESS" not in text
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("values", "env", "prefill", "decode"),
+    [
+        ({}, None, "disabled", None),
+        ({}, "1", "disabled", "breakable"),
+        ({}, "0", "disabled", None),
+        ({"enable_breakable_cuda_graph": True}, None, "breakable", None),
+        ({"cuda_graph_backend_prefill": "breakable"}, None, "breakable", None),
+        ({"cuda_graph_backend_decode": "full"}, None, "disabled", "full"),
+        ({"cuda_graph_backend_decode": "breakable"}, "1", "disabled", "breakable"),
+        ({"cuda_graph_backend_decode": "disabled"}, "1", "disabled", "disabled"),
+        ({"cuda_graph_bs": [1, 8]}, None, "disabled", "full"),
+        ({"disable_cuda_graph": True}, "1", "disabled", "disabled"),
+        (
+            {"disable_cuda_graph": True, "enable_breakable_cuda_graph": True},
+            None,
+            "breakable",
+            "disabled",
+        ),
+    ],
+)
+def test_older_flags_and_environment_set_the_backends(
+    monkeypatch, device: str, values: dict, env: str | None, prefill: str, decode: str | None
+) -> None:
+    monkeypatch.delenv("BREAKGRAPH_USE_BREAKABLE_CUDA_GRAPH", raising=False)
+    if env is not None:
+        monkeypatch.setenv("BREAKGRAPH_USE_BREAKABLE_CUDA_GRAPH", env)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    args = ServerArgs(model_path="m", **values).resolved()
+    default = "full" if device == "cuda" else "disabled"
+    assert args.cuda_graph_backend_prefill == prefill
+    assert args.cuda_graph_backend_decode == (decode or default)
+    assert args.enable_breakable_cuda_graph == (prefill == "breakable")
+    assert args.resolved() == args
+
+
+def test_full_decode_and_the_breakable_environment_contradict_each_other(monkeypatch) -> None:
+    monkeypatch.setenv("BREAKGRAPH_USE_BREAKABLE_CUDA_GRAPH", "1")
+    args = ServerArgs(model_path="m", cuda_graph_backend_decode="full")
+    with pytest.raises(ValueError, match=r"decode full and BREAKGRAPH_USE.*=1 contradict"):
+        args.resolved()
+
+
+def test_decode_batch_sizes_are_derived_from_the_most_requests(monkeypatch) -> None:
+    for most, ladder in {
+        1: (1,),
+        3: (1, 2, 3),
+        8: (1, 2, 4, 8),
+        20: (1, 2, 4, 8, 16, 20),
+        64: (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64),
+    }.items():
+        args = ServerArgs(model_path="m", max_running_requests=most).resolved()
+        assert args.cuda_graph_bs == ladder
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"debug_cuda_graph": True}, "--debug-cuda-graph does nothing"),
+        (
+            {"cuda_graph_bs": [3], "cuda_graph_backend_decode": "disabled"},
+            "--cuda-graph-bs does nothing",
+        ),
+    ],
+)
+def test_graph_flags_that_do_nothing_are_said(caplog, values: dict, said: str) -> None:
+    ServerArgs(model_path="m", device="cpu", **values).resolved()
+    assert said in caplog.text

@@ -2,7 +2,15 @@
 
 from breakgraph.attention.base import AttentionBackend
 from breakgraph.attention.layer import Attention
+from breakgraph.attention.paged_decode import PagedDecodeBackend, SlotMirror
 from breakgraph.attention.torch_flash import TorchFlashBackend
 from breakgraph.attention.torch_native import TorchNativeBackend
 
-__all__ = ["Attention", "AttentionBackend", "TorchFlashBackend", "TorchNativeBackend"]
+__all__ = [
+    "Attention",
+    "AttentionBackend",
+    "PagedDecodeBackend",
+    "SlotMirror",
+    "TorchFlashBackend",
+    "TorchNativeBackend",
+]

@@ -7,18 +7,28 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from breakgraph.forward.forward_batch import ForwardBatch
+from breakgraph.forward.forward_batch import ForwardBatch, LayerInputs
 
 if TYPE_CHECKING:
     from breakgraph.attention.layer import Attention
 
 
 class AttentionBackend(ABC):
-    """Causal attention of a packed batch over its own tokens and their cached prefixes."""
+    """Causal attention of a packed batch over its own tokens and their cached prefixes.
+
+    Attributes:
+        capturable: the plan lies in device memory at fixed addresses, so that ``forward`` may be
+            part of a segment; else it is a break.
+    """
+
+    capturable = False
 
     @abstractmethod
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
         """Plan ``batch`` from its host lengths, with no device-to-host sync."""
+
+    def begin_layers(self, inputs: LayerInputs) -> None:  # noqa: B027
+        """Run once before the first layer, captured with the layers; most need nothing."""
 
     @abstractmethod
     def forward(
@@ -36,5 +46,5 @@ class AttentionBackend(ABC):
             q: ``[rows, num_heads, head_dim]``, rows at or past ``num_tokens`` are padding.
             k: ``[rows, num_kv_heads, head_dim]``.
             v: ``[rows, num_kv_heads, head_dim]``.
-            out: ``[rows, num_heads, head_dim]``; padded rows are left as they are.
+            out: ``[rows, num_heads, head_dim]``; in a break padded rows are left as they are.
         """

@@ -1,4 +1,7 @@
-"""The attention layer: the cache store is captured, the mixing is the eager break."""
+"""The attention layer: the cache store is captured, the mixing is the eager break.
+
+A backend whose plan lies in device memory (decode) is captured as well.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +43,17 @@ class Attention(nn.Module):
             out_cache_loc: int64 ``[rows]``, the slot of each row; 0 for padding.
 
         Returns:
-            ``[rows, num_heads, head_dim]``; padded rows are zero.
+            ``[rows, num_heads, head_dim]``; padded rows are zero, or attend to slot 0.
         """
         self.k_cache.index_copy_(0, out_cache_loc, k)
         self.v_cache.index_copy_(0, out_cache_loc, v)
-        out = torch.zeros_like(q)
-        self.mix(q, k, v, out)
+        backend = get_forward_context().attn_backend
+        if backend.capturable:
+            out = torch.empty_like(q)
+            backend.forward(self, q, k, v, out)
+        else:
+            out = torch.zeros_like(q)
+            self.mix(q, k, v, out)
         return out
 
     @eager_on_graph()

@@ -1,7 +1,8 @@
 """The offline engine: lists of prompts in, lists of results out, in the same order.
 
 A prompt is checked before anything is taken from a pool, and what a call takes it gives back,
-also when it fails: each call finds the pools empty and leaves them so.
+also when it fails: each call finds the pools empty and leaves them so. Prefixes are shared among
+the prompts of one call, so what a call gives does not depend on those before it.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from breakgraph.engine.forward_loop import ForwardLoop, dry_run, limits
-from breakgraph.engine.planning import Request
+from breakgraph.engine.admission import Admission
+from breakgraph.engine.dry_run import dry_run
+from breakgraph.engine.request import Request, Want
 from breakgraph.engine.results import GenerateResult, PrefillResult
-from breakgraph.engine.sampling import Sampler
+from breakgraph.engine.sampling_params import SamplingParams
+from breakgraph.engine.scheduler import Scheduler
 from breakgraph.engine.statistics import Statistics
-from breakgraph.engine.stopping import StopRule
+from breakgraph.engine.stopping import TextStream
 from breakgraph.engine.tokenization import Prompt, PromptEncoder, end_token_ids, load_tokenizer
-from breakgraph.models import CausalLM, SequenceClassifier
 from breakgraph.models.checkpoint import read_json
-from breakgraph.runner.buckets import Dispatch
 from breakgraph.runner.model_runner import ModelRunner
 from breakgraph.server_args import ServerArgs
 
@@ -39,6 +40,7 @@ class Engine:
         args: the flags it was made from.
         runner: the model runner; forwards go through it.
         tokenizer: a transformers tokenizer; None with ``skip_tokenizer_init``.
+        encoder: checks prompts.
         statistics: what has been done since the start.
     """
 
@@ -61,9 +63,15 @@ class Engine:
         self._runner: ModelRunner | None = ModelRunner(self.args)
         runner = self._runner
         self.statistics = Statistics()
-        self._encoder = PromptEncoder(self.tokenizer, runner.vocab_size)
-        self._end_ids = end_token_ids(self.args.model_path, runner.model.config, self.tokenizer)
-        self._sampler = Sampler(runner.device, self.args.random_seed)
+        self.encoder = PromptEncoder(self.tokenizer, runner.vocab_size)
+        end_ids = end_token_ids(self.args.model_path, runner.model.config, self.tokenizer)
+        self._admission: Admission | None = Admission(runner, self.tokenizer, end_ids)
+        self._scheduler: Scheduler | None = Scheduler(
+            runner,
+            cache_prefixes=not self.args.disable_radix_cache,
+            random_seed=self.args.random_seed,
+            statistics=self.statistics,
+        )
         self._lock = threading.Lock()
 
     @property
@@ -82,6 +90,7 @@ class Engine:
         """Let go of model, pools and graphs. Closing again does nothing."""
         with self._lock:
             runner, self._runner = self._runner, None
+            self._admission = self._scheduler = None
         if runner is not None and runner.device.type == "cuda":
             del runner
             gc.collect()
@@ -92,30 +101,34 @@ class Engine:
     ) -> list[PrefillResult]:
         """The logits after each prompt and, if asked, the log-probability of each of its tokens.
 
+        Every prompt is computed whole, also where it begins like another.
+
         Raises:
             ValueError: a prompt is empty, too long, or holds what is no token; names its index.
         """
-        with self._turn("prefill") as runner:
-            requests = self._requests(prompts)
-            logprobs: list[list[float | None]] = [[None] for _ in requests]  # first: no context
-            results: dict[int, PrefillResult] = {}
-            with self._loop(runner, requests, logprobs=return_logprob) as loop:
-                for step in loop:
-                    if return_logprob:
-                        for request, values in step.prompt_logprobs():
-                            logprobs[request.index] += values
-                    dispatch = step.result.dispatch
-                    rows = step.rows(step.result.next_token_logits).cpu()
-                    for request, logits in zip(step.completed, rows, strict=True):
-                        index = request.index
-                        results[index] = PrefillResult(
-                            next_token_logits=logits,
-                            input_token_logprobs=logprobs[index] if return_logprob else None,
-                            bucket=dispatch.bucket,
-                            reason=dispatch.reason.value,
-                        )
-                        loop.finish(request)
-            return [results[request.index] for request in requests]
+        params = SamplingParams(max_new_tokens=1, prompt_logprobs=return_logprob)
+        with self._turn("prefill", Want.LOGITS) as admission:
+            requests = [
+                admission.result(ids, Want.LOGITS, name, params=params, use_cache=False)
+                for name, ids in self._named(prompts)
+            ]
+            self._run(requests)
+        results = []
+        for request in requests:
+            if request.vector is None or request.dispatch is None:
+                raise RuntimeError("a prefill ended without its logits: a bug in the scheduler")
+            results.append(
+                PrefillResult(
+                    next_token_logits=request.vector,
+                    # The first has no context.
+                    input_token_logprobs=[None, *request.prompt_logprobs]
+                    if return_logprob
+                    else None,
+                    bucket=request.dispatch.bucket,
+                    reason=request.dispatch.reason.value,
+                )
+            )
+        return results
 
     def generate(
         self,
@@ -124,6 +137,7 @@ class Engine:
         temperature: float = 0.0,
         stop: str | Sequence[str] = (),
         *,
+        sampling_params: SamplingParams | None = None,
         allow_graph: bool = True,
         progress: bool = False,
     ) -> list[GenerateResult]:
@@ -134,52 +148,46 @@ class Engine:
             max_new_tokens: at least 1; fewer come where the context or the KV pool ends.
             temperature: 0 is greedy; above 0 draws are repeatable by ``--random-seed``.
             stop: the text ends before any of these.
-            allow_graph: False runs every prefill eagerly.
+            sampling_params: all that can be asked, in place of the three above.
+            allow_graph: False runs every forward eagerly.
             progress: show a bar of prompts answered.
 
         Raises:
             ValueError: a prompt is empty, leaves no room for a new token, or holds what is no
                 token (the message names its index), or another argument is out of range.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        if not temperature >= 0:
-            raise ValueError(f"temperature is {temperature}; it must be 0 or more")
-        with self._turn("generate") as runner:
-            rule = StopRule(self.tokenizer, self._end_ids, stop)
-            requests = self._requests(prompts, max_new_tokens)
-            prefills: dict[int, Dispatch] = {}
-            results: dict[int, GenerateResult] = {}
-            bar = tqdm(total=len(requests), unit="prompt", disable=not progress)
-            with bar, self._loop(runner, requests, allow_graph=allow_graph) as loop:
-                for step in loop:
-                    if not step.completed:
-                        continue
-                    logits = step.rows(step.result.next_token_logits)
-                    tokens = self._sampler(logits, temperature)
-                    self.statistics.generated_tokens += len(tokens)
-                    for request, token in zip(step.completed, tokens, strict=True):
-                        if step.is_prefill:
-                            prefills[request.index] = step.result.dispatch
-                        request.ids.append(token)
-                        new = request.ids[request.prompt_len :]
-                        # The last token is never cached, so a full reserve is one behind.
-                        full = len(request.ids) > request.max_cached
-                        reason = rule.check(new, full)
-                        if reason is None:
-                            continue
-                        dispatch = prefills[request.index]
-                        results[request.index] = GenerateResult(
-                            text=rule.text(new),
-                            token_ids=new,
-                            prompt_tokens=request.prompt_len,
-                            finish_reason=reason,
-                            bucket=dispatch.bucket,
-                            reason=dispatch.reason.value,
-                        )
-                        loop.finish(request)
-                        bar.update()
-            return [results[request.index] for request in requests]
+        params = sampling_params or SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        )
+        with self._turn("generate", Want.TOKENS) as admission:
+            rule = admission.rule(params)
+            requests = [
+                admission.continuation(ids, params, rule, name, allow_graph=allow_graph)
+                for name, ids in self._named(prompts)
+            ]
+            self._run(requests, progress)
+        return [self._result(request) for request in requests]
+
+    def _result(self, request: Request) -> GenerateResult:
+        dispatch, rule, reason = request.dispatch, request.rule, request.finish_reason
+        if dispatch is None or rule is None or (reason != "stop" and reason != "length"):
+            raise RuntimeError(f"a generation ended by {reason}: a bug in the scheduler")
+        text = TextStream(self.tokenizer, rule).push(request.new_ids, finished=True)
+        return GenerateResult(
+            text=None if self.tokenizer is None else text,
+            token_ids=request.new_ids,
+            prompt_tokens=request.prompt_len,
+            cached_tokens=request.cached_tokens,
+            finish_reason=reason,
+            bucket=dispatch.bucket,
+            reason=dispatch.reason.value,
+            logprobs=request.logprobs if request.params.logprobs is not None else None,
+            prompt_logprobs=[None, *request.prompt_logprobs]
+            if request.params.prompt_logprobs
+            else None,
+        )
 
     def embed(self, prompts: str | Iterable[Prompt]) -> torch.Tensor:
         """A vector per prompt (or its class logits): float32 ``[num_prompts, size]``, on the CPU.
@@ -188,74 +196,54 @@ class Engine:
             ValueError: a prompt is empty, holds what is no token, or is longer than one forward
                 (``--chunked-prefill-size``); the message names its index.
         """
-        with self._turn("embed") as runner:
-            requests = self._requests(prompts)
-            for request in requests:
-                if request.prompt_len > runner.chunk_size:
-                    raise ValueError(
-                        f"prompt {request.index} has {request.prompt_len} tokens; an embedding is "
-                        f"made in one forward of at most {runner.chunk_size}: raise "
-                        "--chunked-prefill-size"
-                    )
-            vectors: dict[int, torch.Tensor] = {}
-            with self._loop(runner, requests) as loop:
-                for step in loop:
-                    rows = step.rows(step.result.pooled).cpu()
-                    for request, vector in zip(step.completed, rows, strict=True):
-                        vectors[request.index] = vector
-                        loop.finish(request)
-            ordered = [vectors[request.index] for request in requests]
-            return torch.stack(ordered) if ordered else torch.empty(0, 0)
+        with self._turn("embed", Want.POOLED) as admission:
+            requests = [
+                admission.result(ids, Want.POOLED, name, use_cache=False)
+                for name, ids in self._named(prompts)
+            ]
+            self._run(requests)
+        vectors = [request.vector for request in requests if request.vector is not None]
+        return torch.stack(vectors) if vectors else torch.empty(0, 0)
 
     def explain(self, prompts: str | Iterable[Prompt]) -> str:
         """How the prefill of ``prompts`` would run: a paragraph per forward; runs none."""
-        with self._turn("explain") as runner:
-            batches = dry_run(self._requests(prompts), limits(runner))
-            return "\n\n".join(runner.explain(batch) for batch in batches)
+        runner, admission = self.runner, self._admission
+        if admission is None:
+            return ""
+        requests = [admission.result(ids, Want.NOTHING, name) for name, ids in self._named(prompts)]
+        return "\n\n".join(runner.explain(batch) for batch in dry_run(runner, requests))
 
     @contextmanager
-    def _turn(self, call: str) -> Iterator[ModelRunner]:
-        """The runner, for one call at a time; refuses a call that it is not loaded for."""
+    def _turn(self, call: str, want: Want) -> Iterator[Admission]:
+        """What makes requests, for one call at a time; refuses a call it is not loaded for."""
         with self._lock:
-            model = self.runner.model
-            if call in ("prefill", "generate"):
-                if self.args.is_embedding:
-                    raise ValueError(
-                        f"{call} needs logits, and --is-embedding serves embeddings in their "
-                        "place; leave the flag out"
-                    )
-                if not isinstance(model, CausalLM):
-                    raise ValueError(
-                        f"{call} needs logits, and {type(model).__name__} has no language-model "
-                        "head; use embed, with --is-embedding"
-                    )
-            elif call == "embed" and not (
-                self.args.is_embedding or isinstance(model, SequenceClassifier)
-            ):
-                raise ValueError("embed needs --is-embedding; this engine gives logits")
-            yield self.runner
+            yield self.admission(call, want)
 
-    def _loop(self, runner: ModelRunner, requests: Sequence[Request], **how: bool) -> ForwardLoop:
-        return ForwardLoop(runner, requests, self.statistics, **how)
+    def admission(self, call: str, want: Want) -> Admission:
+        """What makes requests. Raises ValueError where the engine is not loaded for ``call``."""
+        if self._admission is None:
+            raise RuntimeError("this engine is closed; make a new one")
+        self._admission.check_model(call, want)
+        return self._admission
 
-    def _requests(self, prompts: str | Iterable[Prompt], new_tokens: int = 0) -> list[Request]:
-        """Checked requests that leave room for at least one of ``new_tokens``, if any."""
-        context, pool = self.runner.context_length, self.runner.slots.num_tokens
-        requests = []
-        for index, ids in enumerate(self._encoder.encode(prompts)):
-            least = len(ids) + min(new_tokens, 1)
-            room = " and room for a new one" if new_tokens else ""
-            if least > context:
-                raise ValueError(
-                    f"prompt {index} needs a context of {least} tokens (its own{room}); the "
-                    f"model's is {context}"
-                )
-            if least > pool:
-                raise ValueError(
-                    f"prompt {index} needs a KV cache of {least} tokens (its own{room}); this one "
-                    f"holds {pool}: raise --max-total-tokens"
-                )
-            # The token sampled last is never cached, hence one less of the text.
-            most = min(len(ids) + new_tokens, context, pool + 1) - 1 if new_tokens else len(ids)
-            requests.append(Request(index, ids, len(ids), max_cached=most))
-        return requests
+    def _named(self, prompts: str | Iterable[Prompt]) -> list[tuple[str, list[int]]]:
+        """Checked token ids, each with what messages call its prompt."""
+        return [(f"prompt {i}", ids) for i, ids in enumerate(self.encoder.encode(prompts))]
+
+    def _run(self, requests: Sequence[Request], progress: bool = False) -> None:
+        """Run all requests to their ends; raises what a forward raised."""
+        scheduler = self._scheduler
+        if scheduler is None:
+            raise RuntimeError("this engine is closed; make a new one")
+        try:
+            for request in requests:
+                scheduler.add(request)
+            with tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
+                while scheduler.has_work:
+                    for update in scheduler.step():
+                        if update.request.error is not None:
+                            raise update.request.error
+                        bar.update(update.request.finish_reason is not None)
+        finally:
+            scheduler.abort_all()
+            scheduler.kv.flush()

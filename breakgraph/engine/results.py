@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-FinishReason = Literal["stop", "length"]
+from breakgraph.engine.request import TokenLogprob
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +42,17 @@ class GenerateResult:
             at the context length, or where the KV pool holds no more.
         bucket: as in ``PrefillResult``, of the prompt's prefill.
         reason: as in ``PrefillResult``, of the prompt's prefill.
+        cached_tokens: tokens of the prompt that an earlier one of the call left in the cache.
+        logprobs: per new token, where ``SamplingParams.logprobs`` asked for them.
+        prompt_logprobs: as ``input_token_logprobs`` of ``PrefillResult``, where asked for.
     """
 
     text: str | None
     token_ids: list[int]
     prompt_tokens: int
-    finish_reason: FinishReason
+    finish_reason: Literal["stop", "length"]
     bucket: int | None
     reason: str
+    cached_tokens: int = 0
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[float | None] | None = None

@@ -81,33 +81,33 @@ class PromptEncoder:
         """
         if isinstance(prompts, str):
             prompts = [prompts]
-        return [self._encode(index, prompt) for index, prompt in enumerate(prompts)]
+        return [self.encode_one(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
 
-    def _encode(self, index: int, prompt: Prompt) -> list[int]:
+    def encode_one(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
+        """Token ids of one prompt. Raises ValueError, calling it ``name``."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(
-                    f"prompt {index} is a text and --skip-tokenizer-init left no tokenizer; "
-                    "give token ids"
+                    f"{name} is a text and --skip-tokenizer-init left no tokenizer; give token ids"
                 )
             ids = self.tokenizer(prompt)["input_ids"]
         elif isinstance(prompt, Sequence | np.ndarray):
             ids = list(prompt)
         else:
             raise ValueError(
-                f"prompt {index} is of type {type(prompt).__name__}; give a list of texts or a "
+                f"{name} is of type {type(prompt).__name__}; give a list of texts or a "
                 "list of lists of token ids"
             )
         if not ids:
-            raise ValueError(f"prompt {index} is empty; give at least one token")
+            raise ValueError(f"{name} is empty; give at least one token")
         for place, token in enumerate(ids):
             if isinstance(token, bool) or not isinstance(token, int | np.integer):
                 raise ValueError(
-                    f"prompt {index} has {token!r} at {place}, which is no token id; ids are ints"
+                    f"{name} has {token!r} at {place}, which is no token id; ids are ints"
                 )
             if not 0 <= token < self.vocab_size:
                 raise ValueError(
-                    f"prompt {index} has token {token} at {place}; the vocabulary has ids 0 to "
+                    f"{name} has token {token} at {place}; the vocabulary has ids 0 to "
                     f"{self.vocab_size - 1}"
                 )
         return [int(token) for token in ids]

@@ -1,6 +1,11 @@
 """The live batch, which every layer may read and no layer may change."""
 
-from breakgraph.forward.forward_batch import ForwardBatch, ForwardMode, LayerInputs
+from breakgraph.forward.forward_batch import (
+    DecodeInputs,
+    ForwardBatch,
+    ForwardMode,
+    LayerInputs,
+)
 from breakgraph.forward.forward_context import (
     ForwardContext,
     forward_context,
@@ -9,6 +14,7 @@ from breakgraph.forward.forward_context import (
 from breakgraph.forward.staging import HostStaging
 
 __all__ = [
+    "DecodeInputs",
     "ForwardBatch",
     "ForwardContext",
     "ForwardMode",

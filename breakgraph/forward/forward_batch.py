@@ -157,6 +157,20 @@ class LayerInputs:
     num_token_non_padded: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeInputs(LayerInputs):
+    """The inputs of a decode: one row a request, and where attention finds its tokens.
+
+    Attributes:
+        request_rows: int64 ``[rows]``, rows of the request table; padded rows have one of their
+            own behind it.
+        seq_lens: int64 ``[rows]``, tokens of each request with the new one; 1 for padding.
+    """
+
+    request_rows: torch.Tensor
+    seq_lens: torch.Tensor
+
+
 def _pack(parts: Sequence[Sequence[int] | IntArray]) -> IntArray:
     if not parts:
         return np.zeros(0, np.int64)

@@ -148,6 +148,8 @@ class BreakableCUDAGraphCapture:
         capture_error_mode: as for ``torch.cuda.graph``.
         device: CUDA if there, else CPU.
         audit: refuses reads of tensors that go stale; None holds them alive instead.
+        breaks: False captures what ``eager_on_graph`` marks like any other code, so that the
+            graph is one segment.
 
     Raises:
         BreakableGraphError: inside another capture, under inference mode, on ROCm, or on CUDA
@@ -164,6 +166,7 @@ class BreakableCUDAGraphCapture:
         device: torch.device | str | None = None,
         *,
         audit: CaptureAudit | None = None,
+        breaks: bool = True,
     ) -> None:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -175,6 +178,7 @@ class BreakableCUDAGraphCapture:
         self._graph, self._device = cuda_graph, device
         self._options = (pool, stream, capture_error_mode)
         self._audit = audit
+        self._breaks = breaks
 
     def __enter__(self) -> BreakableCUDAGraph:
         if _local.capture is not None:
@@ -199,7 +203,7 @@ class BreakableCUDAGraphCapture:
             stack.enter_context(FunctionMode(self._mode))
             stack.callback(self._leave)
             _local.capture, self._outer_inside = self, _local.inside
-            _local.inside = True
+            _local.inside = self._breaks
             self._begin()
             self._stack = stack.pop_all()
         return self._graph
@@ -325,7 +329,7 @@ class _Break:
 
 def _run(named: Callable[..., Any], fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     capture = _local.capture
-    if capture is None or not capture._mode.watching:
+    if capture is None or not capture._breaks or not capture._mode.watching:
         return fn(*args, **kwargs)
     return capture._break(
         getattr(named, "__qualname__", type(named).__qualname__), fn, args, kwargs

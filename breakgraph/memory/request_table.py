@@ -1,7 +1,8 @@
 """Which slots each running request holds.
 
-A slot is in at most one row, and a row that is released gives back every slot it held: when no
-request runs, the pool is empty.
+A slot is owned by one row at most. A row may begin with slots it does not own (a cached prefix);
+released, it gives back those it owns and no others, so that with no request and no cached prefix
+the pool is empty.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ class RequestTable:
         allocator: where slots come from and go back to.
         table: int32 ``[max_running_requests, context_length]``.
         lengths: int32 ``[max_running_requests]``, how much of each row is used.
+        borrowed: int32 ``[max_running_requests]``, leading slots that the row does not own.
+        versions: int64 ``[max_running_requests]``, counts the requests that a row has had: a copy
+            of a row is good while its version is the same and the row only grows.
     """
 
     def __init__(
@@ -28,6 +32,8 @@ class RequestTable:
         self.allocator = allocator
         self.table = np.zeros((max_running_requests, context_length), np.int32)
         self.lengths = np.zeros(max_running_requests, np.int32)
+        self.borrowed = np.zeros(max_running_requests, np.int32)
+        self.versions = np.zeros(max_running_requests, np.int64)
         self._free = list(range(max_running_requests - 1, -1, -1))
         self._held = [False] * max_running_requests
 
@@ -43,8 +49,22 @@ class RequestTable:
             and self.allocator.available_tokens == self.allocator.num_tokens
         )
 
-    def acquire(self) -> int:
-        """A row that holds no slots yet. Raises RuntimeError when all rows are held."""
+    def acquire(self, prefix: np.ndarray | None = None) -> int:
+        """A row that begins with the slots of ``prefix``, which stay their owner's.
+
+        Args:
+            prefix: int32, whole pages; None for an empty row.
+
+        Raises:
+            RuntimeError: all rows are held.
+            ValueError: ``prefix`` ends inside a page, or is longer than the context.
+        """
+        count = 0 if prefix is None else len(prefix)
+        if count % self.allocator.page_size or count > self.table.shape[1]:
+            raise ValueError(
+                f"a prefix of {count} slots is no whole number of pages of "
+                f"{self.allocator.page_size}, or more than the context of {self.table.shape[1]}"
+            )
         if not self._free:
             raise RuntimeError(
                 f"all {len(self.table)} requests that may run at once are running; raise "
@@ -52,7 +72,17 @@ class RequestTable:
             )
         row = self._free.pop()
         self._held[row] = True
+        if prefix is not None:
+            self.table[row, :count] = prefix
+        self.lengths[row] = self.borrowed[row] = count
+        self.versions[row] += 1
         return row
+
+    def pages_to_extend(self, row: int, count: int) -> int:
+        """Free pages that ``extend(row, count)`` would take."""
+        self._check(row)
+        length, pages_for = int(self.lengths[row]), self.allocator.pages_for
+        return pages_for(length + count) - pages_for(length)
 
     def extend(self, row: int, count: int) -> np.ndarray:
         """Give ``row`` slots for ``count`` more tokens; returns them, int32 ``[count]``.
@@ -79,10 +109,25 @@ class RequestTable:
         self._check(row)
         return self.table[row, : self.lengths[row]]
 
-    def release(self, row: int) -> None:
-        """Give back the row and every slot that it holds. Raises ValueError if it is not held."""
-        self.allocator.free(self.slots(row))
-        self.lengths[row] = 0
+    def disown(self, row: int, end: int) -> None:
+        """The first ``end`` slots of the row, whole pages, have another owner now."""
+        self._check(row)
+        self.borrowed[row] = end
+
+    def release(self, row: int, kept: tuple[int, int] = (0, 0)) -> None:
+        """Give back the row and the slots that it owns, but those of the tokens in ``kept``.
+
+        Args:
+            row: a held row.
+            kept: begin and end, whole pages, of the tokens whose slots have another owner now.
+
+        Raises:
+            ValueError: the row is not held.
+        """
+        slots, owned = self.slots(row), int(self.borrowed[row])
+        begin, end = max(kept[0], owned), max(kept[1], owned)
+        self.allocator.free(np.concatenate([slots[owned:begin], slots[end:]]))
+        self.lengths[row] = self.borrowed[row] = 0
         self._held[row] = False
         self._free.append(row)
 

@@ -1,4 +1,4 @@
-"""The token-bucket ladder, and which bucket serves a batch.
+"""The bucket ladders, of tokens and of requests, and which bucket serves a batch.
 
 A decision depends on its arguments alone: the batch's token count, the ladder, the padding limit
 and the costs measured at start-up, facts which every rank holds alike. So ranks that decide apart
@@ -13,10 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from breakgraph.forward import ForwardMode
 from breakgraph.runner.costs import PrefillCosts
 
 BUCKET_FLOOR = 16  # the smallest derived bucket; the others, but for the last, are multiples
 _FLAG = "--piecewise-cuda-graph-tokens"
+_DECODE_FLAG = "--cuda-graph-bs"
 
 
 def derive_buckets(max_tokens: int) -> tuple[int, ...]:
@@ -31,12 +33,22 @@ def derive_buckets(max_tokens: int) -> tuple[int, ...]:
             f"the token-bucket ladder ends at the chunk size, which is {max_tokens}; "
             "set --chunked-prefill-size to at least 1"
         )
+    return _ladder(BUCKET_FLOOR, max_tokens)
+
+
+def derive_batch_sizes(max_requests: int) -> tuple[int, ...]:
+    """The decode ladder used where no list is given: 1, 2, 4, then in steps of 8 up to 128."""
+    small = [size for size in (1, 2, 4) if size < max_requests]
+    return (*small, *_ladder(8, max_requests))
+
+
+def _ladder(floor: int, last: int) -> tuple[int, ...]:
     buckets = []
-    bucket = BUCKET_FLOOR
-    while bucket < max_tokens:
+    bucket = floor
+    while bucket < last:
         buckets.append(bucket)
-        bucket += max(BUCKET_FLOOR, 1 << (bucket.bit_length() - 4))
-    return (*buckets, max_tokens)
+        bucket += max(floor, 1 << (bucket.bit_length() - 4))
+    return (*buckets, last)
 
 
 def check_buckets(
@@ -47,29 +59,40 @@ def check_buckets(
     Unsorted and repeated buckets are put right. An empty list, a bucket that is no positive
     integer, and one over `max_tokens` (the chunk size; None: not known yet) raise ValueError.
     """
-    given = list(tokens)
+    return _check(_FLAG, "token", tokens, max_tokens, "--chunked-prefill-size")
+
+
+def check_batch_sizes(sizes: Iterable[int], max_requests: int) -> tuple[tuple[int, ...], list[str]]:
+    """As `check_buckets`, for decode; no size may be over `max_requests`."""
+    return _check(_DECODE_FLAG, "request", sizes, max_requests, "--max-running-requests")
+
+
+def _check(
+    flag: str, unit: str, sizes: Iterable[int], most: int | None, limit_flag: str
+) -> tuple[tuple[int, ...], list[str]]:
+    given = list(sizes)
     if not given:
         raise ValueError(
-            f"{_FLAG} is an empty list; name at least one bucket, or leave the flag "
+            f"{flag} is an empty list; name at least one bucket, or leave the flag "
             "out for the derived ladder"
         )
     for bucket in given:
         if not isinstance(bucket, int) or isinstance(bucket, bool) or bucket < 1:
             raise ValueError(
-                f"{_FLAG}: {bucket!r} is no bucket; each is a token count of at least 1"
+                f"{flag}: {bucket!r} is no bucket; each is a {unit} count of at least 1"
             )
-        if max_tokens is not None and bucket > max_tokens:
+        if most is not None and bucket > most:
             raise ValueError(
-                f"{_FLAG}: bucket {bucket} exceeds the largest forward of {max_tokens} tokens, so "
-                "nothing would ever use it; remove it or raise --chunked-prefill-size"
+                f"{flag}: bucket {bucket} exceeds the largest forward of {most} {unit}s, so "
+                f"nothing would ever use it; remove it or raise {limit_flag}"
             )
     ladder = tuple(sorted(set(given)))
     notes = []
     if len(ladder) < len(given):
         repeated = sorted({b for b in given if given.count(b) > 1})
-        notes.append(f"{_FLAG}: repeated buckets were dropped: {repeated}")
+        notes.append(f"{flag}: repeated buckets were dropped: {repeated}")
     if given != sorted(given):
-        notes.append(f"{_FLAG}: the buckets were sorted: {list(ladder)}")
+        notes.append(f"{flag}: the buckets were sorted: {list(ladder)}")
     return ladder, notes
 
 
@@ -89,6 +112,8 @@ class DispatchReason(str, Enum):
     TOO_MANY_TOKENS = "more_tokens_than_largest_bucket"
     PADDING = "padding_over_limit"
     EAGER_FASTER = "eager_measured_faster"
+    TOO_MANY_REQUESTS = "more_requests_than_largest_bucket"
+    NO_ROWS = "no_request_rows"
 
     def __str__(self) -> str:
         return self.value
@@ -103,6 +128,8 @@ class Dispatch:
     num_tokens: int
     refused: int | None = None
     """The bucket that came nearest, where its size is the reason it was not used."""
+    mode: ForwardMode = ForwardMode.PREFILL
+    """A decode's tokens are its requests."""
 
     @property
     def padding(self) -> float | None:
@@ -111,16 +138,23 @@ class Dispatch:
 
     def describe(self) -> str:
         """One sentence: the decision, its cause, and the flag that would change it."""
+        decode = self.mode is ForwardMode.DECODE
+        what = f"{self.num_tokens} {'decoding requests' if decode else 'tokens'}"
         if self.bucket is not None:
             return (
-                f"{self.num_tokens} tokens replay in bucket {self.bucket} "
+                f"{what} replay in bucket {self.bucket} "
                 f"({self.bucket - self.num_tokens} rows of padding)"
             )
+        flag = "--cuda-graph-backend-decode" if decode else "--enable-breakable-cuda-graph"
         why = {
-            DispatchReason.DISABLED: "graphs are off: pass --enable-breakable-cuda-graph",
+            DispatchReason.DISABLED: f"graphs are off: pass {flag}{' full' * decode}",
             DispatchReason.EAGER_ASKED: "the caller asked for it",
             DispatchReason.NO_LAYER_STACK: "the model offers no get_layer_stack(), which "
-            "--enable-breakable-cuda-graph needs to know what to capture",
+            f"{flag} needs to know what to capture",
+            DispatchReason.TOO_MANY_REQUESTS: f"the largest bucket is {self.refused}: add a larger "
+            f"one with {_DECODE_FLAG}",
+            DispatchReason.NO_ROWS: "the batch names no rows of the request table, in which a "
+            "decode graph finds its requests' tokens",
             DispatchReason.TOO_MANY_TOKENS: f"the largest bucket is {self.refused}: raise "
             f"--chunked-prefill-size, or add a bucket with {_FLAG}",
             DispatchReason.EAGER_FASTER: f"padding them to bucket {self.refused} was measured to "
@@ -129,7 +163,7 @@ class Dispatch:
             DispatchReason.PADDING: f"bucket {self.refused} would pad them beyond the limit: raise "
             f"--max-prefill-padding, or add a nearer bucket with {_FLAG}",
         }.get(self.reason, self.reason.value)
-        return f"{self.num_tokens} tokens run eagerly: {why}"
+        return f"{what} run eagerly: {why}"
 
 
 def decide(
@@ -158,3 +192,18 @@ def decide(
     if costs is not None and not costs.replay_pays(num_tokens, bucket):
         return Dispatch(None, DispatchReason.EAGER_FASTER, num_tokens, refused=bucket)
     return Dispatch(bucket, DispatchReason.REPLAYED, num_tokens)
+
+
+def decide_decode(num_requests: int, buckets: Sequence[int], *, has_rows: bool) -> Dispatch:
+    """Pick the bucket for a decode, or the reason for none.
+
+    A decode is bound by launches and by reading the weights, so padding is never refused.
+    """
+    mode = ForwardMode.DECODE
+    if not has_rows:
+        return Dispatch(None, DispatchReason.NO_ROWS, num_requests, mode=mode)
+    bucket = bucket_for(buckets, num_requests)
+    if bucket is None:
+        reason, refused = DispatchReason.TOO_MANY_REQUESTS, buckets[-1]
+        return Dispatch(None, reason, num_requests, refused=refused, mode=mode)
+    return Dispatch(bucket, DispatchReason.REPLAYED, num_requests, mode=mode)

@@ -1,4 +1,4 @@
-"""The only static inputs of a prefill, and the one method that fills them.
+"""The only static inputs of a forward, and the one method that fills them.
 
 Capture fills them with a dummy batch, replay and eager forwards with the live one, through
 the same code; a field that had a second path could differ between capture and replay.
@@ -6,12 +6,13 @@ the same code; a field that had a second path could differ between capture and r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from breakgraph.forward import ForwardBatch, HostStaging, LayerInputs
+from breakgraph.forward import DecodeInputs, ForwardBatch, HostStaging, LayerInputs
 
 Embed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -34,7 +35,9 @@ class FilledBatch:
 
 
 class PrefillInputBuffers:
-    """Static device memory for up to ``max_tokens`` rows, at the same addresses every time.
+    """The static inputs of a prefill, or of any batch that attends by the extend path.
+
+    Static device memory for up to ``max_tokens`` rows, at the same addresses every time.
 
     Args:
         max_tokens: the most rows of a forward.
@@ -44,6 +47,8 @@ class PrefillInputBuffers:
         device: where the model is.
         embed: writes the embeddings of int64 ``[rows]`` ids into ``[rows, hidden_size]``.
     """
+
+    columns = 3
 
     def __init__(
         self,
@@ -56,9 +61,9 @@ class PrefillInputBuffers:
         embed: Embed,
     ) -> None:
         self.max_tokens, self.max_requests = max_tokens, max_requests
-        # One copy a forward: ids, positions and cache slots of `rows`, the count of real rows,
-        # then what the eager tail needs.
-        self._staging = HostStaging(4 * max_tokens + 1 + 2 * max_requests, device)
+        # One copy a forward: the columns of `rows` each, the count of real rows, then what the
+        # eager tail needs, of which log-probability targets are a column at most.
+        self._staging = HostStaging((self.columns + 1) * max_tokens + 1 + 2 * max_requests, device)
         self._hidden = torch.zeros(max_tokens, hidden_size, dtype=dtype, device=device)
         self._embed = embed
         self._inputs: dict[int, LayerInputs] = {}
@@ -81,11 +86,12 @@ class PrefillInputBuffers:
                 "--chunked-prefill-size or --max-running-requests"
             )
         host = self._staging.host()
-        for field, values in enumerate((batch.input_ids, batch.positions, batch.out_cache_loc)):
-            host[field * rows : field * rows + tokens] = values
-            host[field * rows + tokens : (field + 1) * rows] = 0
-        host[3 * rows] = tokens
-        lens, last = 3 * rows + 1, 3 * rows + 1 + requests
+        for column, (values, padding) in enumerate(self._columns(batch)):
+            host[column * rows : column * rows + tokens] = values
+            host[column * rows + tokens : (column + 1) * rows] = padding
+        count = self.columns * rows
+        host[count] = tokens
+        lens, last = count + 1, count + 1 + requests
         end = last + requests
         host[lens:last] = batch.extend_lens
         host[last:end] = batch.last_token_rows
@@ -110,11 +116,36 @@ class PrefillInputBuffers:
         """The buffers as the layer stack sees them for ``rows`` rows."""
         found = self._inputs.get(rows)
         if found is None:
-            buffer = self._staging.device_buffer
-            found = self._inputs[rows] = LayerInputs(
-                hidden_states=self._hidden[:rows],
-                positions=buffer[rows : 2 * rows],
-                out_cache_loc=buffer[2 * rows : 3 * rows],
-                num_token_non_padded=buffer[3 * rows : 3 * rows + 1].view(torch.int32)[:1],
-            )
+            device = self._staging.device_buffer[: self.columns * rows + 1]
+            columns = device[:-1].view(self.columns, rows).unbind()
+            common = (self._hidden[:rows], *columns[1:3], device[-1:].view(torch.int32)[:1])
+            found = self._inputs[rows] = self._layer_inputs(common, columns[3:])
         return found
+
+    def _columns(self, batch: ForwardBatch) -> list[tuple[np.ndarray | int, int]]:
+        """What each column holds for the tokens of ``batch``, and behind them."""
+        return [(batch.input_ids, 0), (batch.positions, 0), (batch.out_cache_loc, 0)]
+
+    def _layer_inputs(
+        self, common: Sequence[torch.Tensor], more: Sequence[torch.Tensor]
+    ) -> LayerInputs:
+        return LayerInputs(*common)
+
+
+class DecodeInputBuffers(PrefillInputBuffers):
+    """The static inputs of a decode: its requests' rows and lengths too.
+
+    Padding, and a batch without rows, take row ``max_requests`` of the slot mirror.
+    """
+
+    columns = 5
+
+    def _columns(self, batch: ForwardBatch) -> list[tuple[np.ndarray | int, int]]:
+        spare = self.max_requests
+        rows = spare if batch.rows is None else batch.rows
+        return [*super()._columns(batch), (rows, spare), (batch.prefix_lens + 1, 1)]
+
+    def _layer_inputs(
+        self, common: Sequence[torch.Tensor], more: Sequence[torch.Tensor]
+    ) -> LayerInputs:
+        return DecodeInputs(*common, *more)

@@ -1,7 +1,9 @@
 """A forward from batch to logits or embeddings: loads, plans memory, picks eager or graph.
 
 The layer stack runs by graph or eagerly on the same filled buffers; the logits processor and
-the pooler run eagerly after it, so that the batch size never reaches a segment.
+the pooler run eagerly after it, so that the batch size never reaches a prefill's segment. A decode
+of the request table's requests has a path of its own; any other runs as a prefill of one token a
+request.
 """
 
 from __future__ import annotations
@@ -10,23 +12,32 @@ import logging
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from breakgraph.attention import (
     Attention,
     AttentionBackend,
+    PagedDecodeBackend,
+    SlotMirror,
     TorchFlashBackend,
     TorchNativeBackend,
 )
-from breakgraph.forward import ForwardBatch, forward_context
+from breakgraph.forward import ForwardBatch, ForwardMode, forward_context
+from breakgraph.kernels.decode_attention import require_decode_kernel
 from breakgraph.layers import ClassificationHead, LogitsProcessor, Pooler
 from breakgraph.memory import KVPool, RequestTable, SlotAllocator
-from breakgraph.models import SequenceClassifier, load_model
+from breakgraph.models import CausalLM, SequenceClassifier, load_model
 from breakgraph.runner.breakable_cuda_graph_runner import BreakableCudaGraphRunner
 from breakgraph.runner.buckets import Dispatch, DispatchReason
-from breakgraph.runner.input_buffers import FilledBatch, PrefillInputBuffers
+from breakgraph.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+from breakgraph.runner.graph_runner import new_pool
+from breakgraph.runner.input_buffers import (
+    DecodeInputBuffers,
+    FilledBatch,
+    PrefillInputBuffers,
+)
 from breakgraph.runner.layer_stack import resolve_layer_stack
 
 if TYPE_CHECKING:
@@ -90,21 +101,27 @@ class ModelRunner:
             args.max_running_requests * self.context_length,
         )
         self.attn_backend = self._make_attention_backend()
-        self._buffers = PrefillInputBuffers(
-            max_tokens=self.chunk_size,
-            max_requests=args.max_running_requests,
-            hidden_size=config.hidden_size,
-            dtype=self.dtype,
-            device=self.device,
-            embed=self.model.embed,
-        )
+        shape: dict[str, Any] = {
+            "max_requests": args.max_running_requests,
+            "hidden_size": config.hidden_size,
+            "dtype": self.dtype,
+            "device": self.device,
+            "embed": self.model.embed,
+        }
+        self._buffers = PrefillInputBuffers(max_tokens=self.chunk_size, **shape)
+        self.decode_backend = self._make_decode_backend()
+        self._decode_buffers = DecodeInputBuffers(max_tokens=args.max_running_requests, **shape)
         self._stack, self._no_stack = resolve_layer_stack(self.model)
         self._eager = self.model if self._stack is None else self._stack
         self._logits, self._head = LogitsProcessor(), ClassificationHead()
         self._pooler = Pooler(args.pooling, normalize=True)
         self.dispatch_counts: Counter[DispatchReason] = Counter()
         self.bucket_hits: Counter[int] = Counter()
+        self.decode_dispatch_counts: Counter[DispatchReason] = Counter()
+        self.decode_bucket_hits: Counter[int] = Counter()
+        self._graph_pool = new_pool(self.device)
         self.graph_runner = self._make_graph_runner()
+        self.decode_graph_runner = self._make_decode_graph_runner()
 
     def _make_kv_pool(self) -> KVPool:
         first, page = self._attention[0], self.args.page_size
@@ -145,8 +162,38 @@ class ModelRunner:
             max_context_tokens=self.chunk_size,
         )
 
+    def _make_decode_backend(self) -> PagedDecodeBackend | None:
+        """Attention through the request table; None where decodes run by the extend path."""
+        disabled = self.args.cuda_graph_backend_decode == "disabled"
+        if not isinstance(self.model, CausalLM) or self.args.is_embedding:
+            return None
+        if self.device.type == "cuda":
+            try:
+                require_decode_kernel()
+            except RuntimeError:
+                if not disabled:
+                    raise
+                return None
+        elif disabled:
+            return None  # the reference is no faster than a prefill of one token a request
+        width = min(self.context_length, self.kv_pool.num_tokens)
+        return PagedDecodeBackend(SlotMirror(self.requests, width, self.device))
+
+    def _graph_options(self) -> dict[str, Any]:
+        return {
+            "context_length": self.context_length,
+            "hidden_size": self.model.config.hidden_size,
+            "dtype": self.dtype,
+            "device": self.device,
+            "pool": self._graph_pool,
+            "debug": self.args.debug_cuda_graph,
+        }
+
+    def _static_tensors(self) -> list[torch.Tensor]:
+        return [*self.model.parameters(), *self.model.buffers(), *self.kv_pool.tensors()]
+
     def _make_graph_runner(self) -> BreakableCudaGraphRunner | None:
-        if not self.args.enable_breakable_cuda_graph:
+        if self.args.cuda_graph_backend_prefill == "disabled":
             return None
         if self._stack is None:
             logger.warning("%s", self._no_stack)
@@ -154,29 +201,52 @@ class ModelRunner:
         given = self.args.piecewise_cuda_graph_tokens or ()
         runner = BreakableCudaGraphRunner(
             self._stack,
-            [*self.model.parameters(), *self.model.buffers(), *self.kv_pool.tensors()],
+            self._static_tensors(),
             buffers=self._buffers,
             attn_backend=self.attn_backend,
             buckets=sorted({min(bucket, self.chunk_size) for bucket in given}),
             max_padding=self.args.max_prefill_padding,
-            context_length=self.context_length,
-            hidden_size=self.model.config.hidden_size,
-            dtype=self.dtype,
-            device=self.device,
+            **self._graph_options(),
         )
         runner.capture()
         dispatch = self.args.prefill_dispatch
-        if dispatch == "measured" or (dispatch == "auto" and self.device.type == "cuda"):
+        measured = dispatch == "measured" or (dispatch == "auto" and self.device.type == "cuda")
+        if measured and not runner.debug:
             runner.measure()
+        return runner
+
+    def _make_decode_graph_runner(self) -> DecodeCudaGraphRunner | None:
+        backend = self.args.cuda_graph_backend_decode
+        if backend == "disabled" or self.decode_backend is None or self._stack is None:
+            return None
+        runner = DecodeCudaGraphRunner(
+            self._stack,
+            [*self._static_tensors(), self.decode_backend.mirror.slots],
+            buffers=self._decode_buffers,
+            attn_backend=self.decode_backend,
+            buckets=self.args.cuda_graph_bs or (),
+            breaks=backend == "breakable",
+            **self._graph_options(),
+        )
+        runner.capture()
         return runner
 
     def dispatch(self, batch: ForwardBatch) -> Dispatch:
         """How ``batch`` would run."""
-        if self.graph_runner is not None:
-            return self.graph_runner.can_run(batch)
-        enabled = self.args.enable_breakable_cuda_graph
+        runner = self._runner_of(batch)
+        if runner is not None:
+            return runner.can_run(batch)
+        enabled = self.args.cuda_graph_backend_prefill != "disabled"
+        if batch.mode is ForwardMode.DECODE:
+            enabled = self.args.cuda_graph_backend_decode != "disabled" and self._stack is None
         reason = DispatchReason.NO_LAYER_STACK if enabled else DispatchReason.DISABLED
-        return Dispatch(None, reason, batch.num_tokens)
+        return Dispatch(None, reason, batch.num_tokens, mode=batch.mode)
+
+    def _runner_of(
+        self, batch: ForwardBatch
+    ) -> BreakableCudaGraphRunner | DecodeCudaGraphRunner | None:
+        decode = batch.mode is ForwardMode.DECODE
+        return self.decode_graph_runner if decode else self.graph_runner
 
     @torch.no_grad()
     def forward(self, batch: ForwardBatch, *, allow_graph: bool = True) -> ForwardResult:
@@ -184,7 +254,7 @@ class ModelRunner:
 
         Args:
             batch: at most ``chunk_size`` tokens and ``max_running_requests`` requests.
-            allow_graph: False runs eagerly whatever the ladder says (decode, comparisons).
+            allow_graph: False runs eagerly whatever the ladder says.
 
         Raises:
             ValueError: the batch does not fit, or holds a token out of vocabulary or past the
@@ -194,17 +264,23 @@ class ModelRunner:
         if allow_graph:
             dispatch = self.dispatch(batch)
         else:
-            dispatch = Dispatch(None, DispatchReason.EAGER_ASKED, batch.num_tokens)
-        self.dispatch_counts[dispatch.reason] += 1
-        graphs = self.graph_runner
+            reason = DispatchReason.EAGER_ASKED
+            dispatch = Dispatch(None, reason, batch.num_tokens, mode=batch.mode)
+        decode = batch.mode is ForwardMode.DECODE
+        (self.decode_dispatch_counts if decode else self.dispatch_counts)[dispatch.reason] += 1
+        graphs = self._runner_of(batch)
         if graphs is not None and dispatch.bucket is not None:
-            self.bucket_hits[dispatch.bucket] += 1
+            (self.decode_bucket_hits if decode else self.bucket_hits)[dispatch.bucket] += 1
             filled = graphs.replay_prepare(batch, dispatch.bucket)
             hidden = graphs.replay(batch, dispatch.bucket)
         else:
-            filled = self._buffers.fill(batch, batch.num_tokens)
-            self.attn_backend.init_forward_metadata(batch)
-            with forward_context(batch, self.attn_backend):
+            buffers, backend = self._buffers, self.attn_backend
+            if decode and batch.rows is not None and self.decode_backend is not None:
+                buffers, backend = self._decode_buffers, self.decode_backend
+            filled = buffers.fill(batch, batch.num_tokens)
+            backend.init_forward_metadata(batch)
+            with forward_context(batch, backend):
+                backend.begin_layers(filled.inputs)
                 hidden = self._eager(filled.inputs)
         return self._tail(dispatch, hidden, filled)
 
@@ -225,13 +301,16 @@ class ModelRunner:
         lines = [self.dispatch(batch).describe()]
         if self._no_stack:
             lines.append(self._no_stack)
-        if self.graph_runner is not None:
-            graph = next(iter(self.graph_runner.graphs.values()))
+        runner, counted = self._runner_of(batch), self.dispatch_counts
+        if batch.mode is ForwardMode.DECODE:
+            counted = self.decode_dispatch_counts
+        if runner is not None:
+            graph = next(iter(runner.graphs.values()))
             lines.append(
-                f"each of {len(self.graph_runner.buckets)} graphs has {graph.num_segments} "
+                f"each of {len(runner.buckets)} graphs has {graph.num_segments} "
                 f"segments and {graph.num_breaks} breaks"
             )
-        counts = ", ".join(f"{reason}: {n}" for reason, n in self.dispatch_counts.items())
+        counts = ", ".join(f"{reason}: {n}" for reason, n in counted.items())
         return "\n".join([*lines, f"forwards so far: {counts or 'none'}"])
 
     def _tail(self, dispatch: Dispatch, hidden: torch.Tensor, filled: FilledBatch) -> ForwardResult:

@@ -1,0 +1,149 @@
+"""From planned pieces to a batch, and from a forward's rows back to their requests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from breakgraph.engine.request import Request
+from breakgraph.forward import ForwardBatch, ForwardMode
+from breakgraph.memory import RequestTable
+
+if TYPE_CHECKING:
+    from breakgraph.runner.breakable_cuda_graph_runner import BreakableCudaGraphRunner
+    from breakgraph.runner.model_runner import ForwardResult
+
+NO_TARGET = -1
+
+
+class Runner(Protocol):
+    """What a scheduler asks of ``ModelRunner``."""
+
+    chunk_size: int
+    device: torch.device
+    requests: RequestTable
+    graph_runner: BreakableCudaGraphRunner | None
+
+    def forward(self, batch: ForwardBatch, *, allow_graph: bool = True) -> ForwardResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """``count`` tokens of a request, from its token ``start`` on, and the slots they go to."""
+
+    request: Request
+    start: int
+    count: int
+    slots: np.ndarray
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+    @property
+    def completes(self) -> bool:
+        """Whether it reaches the last known token, so that its logits are of use."""
+        return self.end == len(self.request.ids)
+
+
+def make_batch(pieces: Sequence[Piece], table: RequestTable, mode: ForwardMode) -> ForwardBatch:
+    """The forward of ``pieces``."""
+    rows = [held(piece.request) for piece in pieces]
+    return ForwardBatch.from_requests(
+        [piece.request.ids[piece.start : piece.end] for piece in pieces],
+        [piece.slots for piece in pieces],
+        [table.slots(row)[: piece.start] for row, piece in zip(rows, pieces, strict=True)],
+        logprob_targets=_targets(pieces),
+        mode=mode,
+        rows=np.array(rows, np.int64),
+    )
+
+
+def _targets(pieces: Sequence[Piece]) -> np.ndarray | None:
+    """Per row the prompt's next token, where a request wants its log-probability."""
+    if not any(piece.request.wants_prompt_logprobs for piece in pieces):
+        return None
+    targets: list[int] = []
+    for piece in pieces:
+        request = piece.request
+        known = []
+        if request.wants_prompt_logprobs:
+            known = request.ids[piece.start + 1 : min(piece.end + 1, request.prompt_len)]
+        targets += known + [NO_TARGET] * (piece.count - len(known))
+    return np.array(targets, np.int64)
+
+
+def keep_prompt_logprobs(pieces: Sequence[Piece], values: torch.Tensor | None) -> None:
+    """Give each request that wants them its prompt's log-probabilities, ``[num_tokens]``."""
+    if values is None:
+        return
+    packed, begin = values.tolist(), 0
+    for piece in pieces:
+        request = piece.request
+        if request.wants_prompt_logprobs:
+            count = min(piece.count, request.prompt_len - 1 - piece.start)
+            request.prompt_logprobs += packed[begin : begin + count]
+        begin += piece.count
+
+
+def keep_vectors(requests: Sequence[tuple[int, Request]], output: torch.Tensor) -> None:
+    """Give each request its row of ``output``, or its labels' log-probabilities by that row."""
+    whole = [(row, request) for row, request in requests if not request.labels]
+    if whole:
+        values = output[[row for row, _ in whole]].float().cpu()
+        for (_, request), vector in zip(whole, values, strict=True):
+            request.vector = vector
+    labelled = [(row, request) for row, request in requests if request.labels]
+    if labelled:
+        logprobs = [output[row].log_softmax(-1)[list(r.labels)] for row, r in labelled]
+        parts = torch.cat(logprobs).cpu().split([len(r.labels) for _, r in labelled])
+        for (_, request), vector in zip(labelled, parts, strict=True):
+            request.vector = vector
+
+
+def completed(pieces: Sequence[Piece]) -> Iterator[tuple[int, Request]]:
+    """The row of each request whose last known token was reached, and the request."""
+    return ((row, piece.request) for row, piece in enumerate(pieces) if piece.completes)
+
+
+def held(request: Request) -> int:
+    """The request's row. Raises RuntimeError where it has none: a bug in the scheduler."""
+    if request.row is None:
+        raise RuntimeError(f"request {request.number} is in a forward and holds no row: a bug")
+    return request.row
+
+
+class Clock:
+    """Milliseconds of a forward: by CUDA events on a GPU, by the wall clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = (
+            [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            if device.type == "cuda"
+            else None
+        )
+        self._times = [0.0, 0.0]
+
+    def start(self) -> None:
+        self._mark(0)
+
+    def stop(self) -> None:
+        self._mark(1)
+
+    def ms(self) -> float:
+        """The time between start and stop; waits for the GPU to have come that far."""
+        if self._events is None:
+            return 1e3 * (self._times[1] - self._times[0])
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1])
+
+    def _mark(self, which: int) -> None:
+        if self._events is None:
+            self._times[which] = time.perf_counter()
+        else:
+            self._events[which].record()

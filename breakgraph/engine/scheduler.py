@@ -1,0 +1,349 @@
+"""Which tokens of which requests go into the next forward, and what becomes of its rows.
+
+The oldest request always gets on: it is admitted first and retracted last, and alone it fits the
+pool. So every request ends, and a retracted one goes on where it stood. Prompts go before decoding,
+so that decoding is in large batches, but neither waits for the other longer than
+``MAX_PREFILLS`` forwards; and a prompt in chunks shares each forward with the short ones.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from breakgraph.engine.batching import (
+    Clock,
+    Piece,
+    Runner,
+    completed,
+    held,
+    keep_prompt_logprobs,
+    keep_vectors,
+    make_batch,
+)
+from breakgraph.engine.request import FinishReason, Request, TokenLogprob, Want
+from breakgraph.engine.sampling import sample
+from breakgraph.engine.statistics import LastPrefill, Statistics
+from breakgraph.forward import ForwardMode
+from breakgraph.memory import KVSpace
+
+MAX_PREFILLS = 4
+"""Prefill forwards, of a full one's tokens at most together, before the running decode again."""
+
+HEADROOM = 64
+"""New tokens a running request is trusted with when another is admitted, in place of all it may
+ever have: few requests use all that they may, and one that does retracts another."""
+
+WORTH_WAITING = 32
+"""Tokens that two prompts have in common for one to wait a forward for the other's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """News of a request: a generated token, its end, or both. The request tells the rest."""
+
+    request: Request
+    token: int | None = None
+    logprob: TokenLogprob | None = None
+
+
+class Scheduler:
+    """A step loop over a runner: ``add`` requests, ``step`` while there is work; no threads.
+
+    Attributes:
+        kv: rows, slots and cached prefixes.
+        waiting: requests that hold nothing, the oldest first.
+        running: requests that hold a row, by number.
+        statistics: what has been done.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        cache_prefixes: bool = True,
+        random_seed: int = 0,
+        headroom: int = HEADROOM,
+        statistics: Statistics | None = None,
+    ) -> None:
+        self.kv = KVSpace(runner.requests, cache_prefixes)
+        self.waiting: deque[Request] = deque()
+        self.running: dict[int, Request] = {}
+        self.statistics = Statistics() if statistics is None else statistics
+        self._runner = runner
+        self._chunk = runner.chunk_size
+        self._random_seed = random_seed
+        self._headroom = headroom
+        self._numbers = itertools.count()
+        self._deadlines: list[tuple[float, int, Request]] = []
+        self._clock = Clock(runner.device)
+        self._prefills = self._prefill_tokens = 0  # since the last decode
+        self._long_first = False
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    @property
+    def idle_and_empty(self) -> bool:
+        """True when no request is left and none has left a slot behind but in the cache."""
+        return not self.has_work and self.kv.is_empty
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        request.number = next(self._numbers)
+        seed = request.params.seed
+        request.seed = (self._random_seed << 32) + request.number if seed is None else seed
+        self.waiting.append(request)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.number, request))
+            if len(self._deadlines) > 2 * (len(self.waiting) + len(self.running)) + 64:
+                self._deadlines = [e for e in self._deadlines if e[2].finish_reason is None]
+                heapq.heapify(self._deadlines)
+
+    def abort(self, request: Request, reason: FinishReason = "abort") -> list[Update]:
+        """End a request as it is, with all that it holds given back; nothing if it has ended."""
+        if request.finish_reason is not None:
+            return []
+        return [self._finish(request, reason)]
+
+    def abort_all(self) -> list[Update]:
+        """End every request."""
+        requests = [*self.waiting, *self.running.values()]
+        return [update for request in requests for update in self.abort(request)]
+
+    def step(self) -> list[Update]:
+        """Run one forward, if there is work; returns the news, in no certain order.
+
+        A forward that raises ends its requests with "error", the exception in ``error``; the
+        others go on.
+        """
+        updates: list[Update] = []
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            updates += self.abort(heapq.heappop(self._deadlines)[2], "deadline")
+        pieces, mode = self._plan()
+        if not pieces:
+            return updates
+        try:
+            return updates + self._run(pieces, mode)
+        except Exception as error:
+            requests = [piece.request for piece in pieces]
+            ended = [Update(r) for r in requests if r.finish_reason is not None]
+            failed = [self._fail(r, error) for r in requests if r.finish_reason is None]
+            return updates + ended + failed
+
+    # Planning.
+
+    def _plan(self) -> tuple[list[Piece], ForwardMode]:
+        prefilled = self._prefills >= MAX_PREFILLS or self._prefill_tokens >= self._chunk
+        decode = self._plan_decode() if prefilled else []
+        if not decode:
+            prefill = self._plan_prefill()
+            if prefill:
+                self._prefills += 1
+                self._prefill_tokens += sum(piece.count for piece in prefill)
+                return prefill, ForwardMode.PREFILL
+            decode = self._plan_decode()
+        self._prefills = self._prefill_tokens = 0
+        return decode, ForwardMode.DECODE
+
+    def _plan_decode(self) -> list[Piece]:
+        """A token of each running request, of the longest unserved ones if too many run."""
+        chosen = [r for r in self.running.values() if not r.is_prefilling]
+        if len(chosen) > self._chunk:
+            chosen = chosen[: self._chunk]
+            for request in chosen:
+                self.running[request.number] = self.running.pop(request.number)
+        pieces = []
+        # Oldest first: whom one retracts for its slot is younger, and has no piece yet.
+        for request in sorted(chosen, key=lambda r: r.number):
+            if request.row is not None and self._make_room(request, 1):
+                pieces.append(self._piece(request, 1))
+        return pieces
+
+    def _plan_prefill(self) -> list[Piece]:
+        """The prompt in chunks and waiting ones that fit; each has half of what both want.
+
+        A prompt of at most one forward is never cut. One of more than half a forward would wait
+        for the half, so every second forward the waiting go first.
+        """
+        long = next((r for r in self.running.values() if r.is_prefilling), None)
+        if long is not None and not self._make_room(long, min(long.remaining, self._chunk)):
+            long = None
+        share = 0
+        if long is not None:
+            self._long_first = not self._long_first
+            if not self.waiting or self._long_first:
+                share = min(long.remaining, -(-self._chunk // 2))
+        pieces = self._admit(self._chunk - share, long is not None)
+        if long is not None:
+            left = self._chunk - sum(piece.count for piece in pieces)
+            if left:
+                pieces.append(self._piece(long, min(long.remaining, left)))
+        return pieces
+
+    def _admit(self, budget: int, chunking: bool) -> list[Piece]:
+        """Take requests from the queue, the oldest first, while ``budget`` and memory last.
+
+        A request that waits for its turn to be chunked is overtaken, and so for one forward is one
+        whose beginning is about to be cached. One that waits for memory is not, or it might wait
+        for ever.
+        """
+        promised = sum(self._promised(request) for request in self.running.values())
+        pieces: list[Piece] = []
+        place = 0
+        while budget and place < len(self.waiting) and self.kv.table.available_rows:
+            request = self.waiting[place]
+            is_long = len(request.ids) > self._chunk
+            if (is_long and chunking) or self._soon_cached(request, pieces):
+                place += 1
+                continue
+            request.row, cached = self.kv.acquire(request.reusable)
+            needed, remaining = self._promised(request), len(request.ids) - cached
+            if promised + needed > self.kv.available_pages or (remaining > budget and not is_long):
+                self.kv.release(request.row)
+                request.row = None
+                break
+            del self.waiting[place]
+            self.running[request.number] = request
+            self._begin(request, cached)
+            piece = self._piece(request, min(remaining, budget))
+            pieces.append(piece)
+            promised += self._promised(request)
+            budget -= piece.count
+            chunking |= is_long
+        return pieces
+
+    def _soon_cached(self, request: Request, pieces: Sequence[Piece]) -> bool:
+        """Whether another prompt of this forward begins as ``request``, and worth waiting for."""
+        if not pieces or self.kv.cache is None or len(request.reusable) < WORTH_WAITING:
+            return False
+        begin = request.ids[:WORTH_WAITING]
+        return any(
+            piece.request.use_cache
+            and piece.completes
+            and piece.start < WORTH_WAITING
+            and piece.request.ids[:WORTH_WAITING] == begin
+            for piece in pieces
+        )
+
+    def _begin(self, request: Request, cached: int) -> None:
+        request.computed = cached
+        if request.wants_prompt_logprobs:
+            del request.prompt_logprobs[cached:]
+        if not request.started:
+            request.started = True
+            request.cached_tokens = cached
+            self.statistics.prompt_tokens += request.prompt_len
+            self.statistics.cached_tokens += cached
+
+    def _promised(self, request: Request) -> int:
+        """Pages that a request with a row may take before it could be in need."""
+        row = held(request)
+        length = int(self.kv.table.lengths[row])
+        tokens = min(len(request.ids) + self._headroom, request.max_cached)
+        return self.kv.table.pages_to_extend(row, max(tokens - length, 0))
+
+    def _make_room(self, request: Request, count: int) -> bool:
+        """Retract the youngest until ``request`` can grow; False if that is itself."""
+        while not self.kv.can_extend(held(request), count):
+            youngest = self.running[max(self.running)]
+            self._retract(youngest)
+            if youngest is request:
+                return False
+        return True
+
+    def _retract(self, request: Request) -> None:
+        """Take back all that a running request holds, and queue it by its age."""
+        self._release(request, reuse=request.use_cache)
+        request.computed, request.prefill_until = 0, len(request.ids)
+        place = sum(1 for other in self.waiting if other.number < request.number)
+        self.waiting.insert(place, request)
+        self.statistics.retractions += 1
+
+    def _piece(self, request: Request, count: int) -> Piece:
+        slots = self.kv.extend(held(request), count)
+        return Piece(request, request.computed, count, slots)
+
+    # Running.
+
+    def _run(self, pieces: Sequence[Piece], mode: ForwardMode) -> list[Update]:
+        batch = make_batch(pieces, self.kv.table, mode)
+        self._clock.start()
+        result = self._runner.forward(
+            batch, allow_graph=all(piece.request.allow_graph for piece in pieces)
+        )
+        self._clock.stop()
+        dispatch, is_prefill = result.dispatch, mode is ForwardMode.PREFILL
+        done = list(completed(pieces))
+        keep_prompt_logprobs(pieces, result.input_token_logprobs)
+        for piece in pieces:
+            request = piece.request
+            request.computed += piece.count
+            if is_prefill and not request.num_new:
+                request.dispatch = dispatch
+            if is_prefill and piece.completes and request.use_cache:
+                self.kv.share(held(request), request.ids)
+        updates = []
+        vectors = [(row, r) for row, r in done if r.want in (Want.LOGITS, Want.POOLED)]
+        if vectors:
+            pooled = vectors[0][1].want is Want.POOLED
+            output = result.pooled if pooled else result.next_token_logits
+            if output is None:
+                raise RuntimeError("the forward lacks the output that its requests want: a bug")
+            keep_vectors(vectors, output)
+        writers = [(row, r) for row, r in done if r.want is Want.TOKENS]
+        if writers:
+            logits = result.next_token_logits
+            if logits is None:
+                raise RuntimeError("the forward has no logits to generate from: a bug")
+            if len(writers) < len(pieces):
+                logits = logits[[row for row, _ in writers]]
+            requests = [request for _, request in writers]
+            for request, (token, logprob) in zip(requests, sample(logits, requests), strict=True):
+                updates.append(self._take(request, token, logprob))
+        updates += [self._finish(r, "stop") for _, r in done if r.want is not Want.TOKENS]
+        if is_prefill:
+            self.statistics.record_prefill(
+                LastPrefill.of(dispatch, self._clock.ms(), self._runner.graph_runner)
+            )
+        else:
+            self.statistics.record_decode(dispatch.reason.value)
+        return updates
+
+    def _take(self, request: Request, token: int, logprob: TokenLogprob | None) -> Update:
+        """Append a token; end the request if that was its last, or if looking at it fails."""
+        request.append(token, logprob)
+        self.statistics.generated_tokens += 1
+        full = len(request.ids) >= request.max_len
+        try:
+            reason: FinishReason | None = "length" if full else None
+            if request.rule is not None:
+                reason = request.rule.check(request.ids, request.num_new, full)
+        except Exception as error:
+            return self._fail(request, error)
+        if reason is not None:
+            self._finish(request, reason)
+        return Update(request, token, logprob)
+
+    def _finish(self, request: Request, reason: FinishReason, reuse: bool = True) -> Update:
+        if request.row is None:
+            self.waiting.remove(request)
+        else:
+            self._release(request, reuse and request.use_cache)
+        request.finish_reason = reason
+        self.statistics.prompts += 1
+        return Update(request)
+
+    def _fail(self, request: Request, error: Exception) -> Update:
+        request.error = error
+        return self._finish(request, "error", reuse=False)
+
+    def _release(self, request: Request, reuse: bool) -> None:
+        self.kv.release(held(request), request.ids[: request.computed] if reuse else ())
+        request.row = None
+        del self.running[request.number]

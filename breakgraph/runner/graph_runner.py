@@ -1,0 +1,221 @@
+"""What the graph runners of both phases share: buckets, buffers, capture, replay.
+
+All buckets are captured on one stream into one pool, the largest first, so that graph memory
+is about the largest bucket's and not the sum; they share one output buffer. Prefill and decode
+may share the pool too: their forwards run one after the other on one stream, a replay writes
+every byte of the pool that it reads, and what outlives it (hidden states, KV cache, slot mirror)
+lies outside. Tests poison the pool between any two replays of either phase.
+
+Captures are audited: a segment that reads anything but weights, the static buffers, the KV pool
+and its own tensors fails here and not at some replay.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from breakgraph.attention.base import AttentionBackend
+from breakgraph.forward import ForwardBatch, LayerInputs, forward_context
+from breakgraph.graph import (
+    BreakableCUDAGraph,
+    BreakableCUDAGraphCapture,
+    CaptureAudit,
+    TapePool,
+    eager_on_graph,
+)
+from breakgraph.runner.buckets import Dispatch
+from breakgraph.runner.input_buffers import FilledBatch, PrefillInputBuffers
+
+logger = logging.getLogger(__name__)
+
+
+class GraphCaptureError(RuntimeError):
+    """The graphs could not be captured; the cause is the first error."""
+
+
+def new_pool(device: torch.device) -> Any:
+    """Memory for graphs to share."""
+    return TapePool() if device.type == "cpu" else torch.cuda.graph_pool_handle()
+
+
+class GraphRunner(ABC):
+    """Captures a layer stack once per bucket, and replays it.
+
+    Args:
+        stack: ``forward(LayerInputs) -> [rows, hidden_size]``.
+        static_tensors: what segments may read besides the buffers: weights, KV pool, slot mirror.
+        buffers: the static inputs.
+        attn_backend: captured if it is ``capturable``, else in the breaks.
+        buckets: rows of each graph, ascending.
+        context_length: the longest sequence, in tokens.
+        hidden_size, dtype, device: of the hidden states.
+        pool: graph memory, shared by runners that are given the same.
+        breaks: whether what is marked ``eager_on_graph`` breaks the graphs.
+        debug: make the whole stack one break of the graph, so that its Python runs every time.
+    """
+
+    phase: ClassVar[str]
+    unit: ClassVar[str]
+    off_flag: ClassVar[str]
+    memory_flags: ClassVar[str]
+
+    def __init__(
+        self,
+        stack: nn.Module,
+        static_tensors: Iterable[torch.Tensor],
+        *,
+        buffers: PrefillInputBuffers,
+        attn_backend: AttentionBackend,
+        buckets: Sequence[int],
+        context_length: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        pool: Any,
+        breaks: bool = True,
+        debug: bool = False,
+    ) -> None:
+        self.buffers, self.attn_backend, self.buckets = buffers, attn_backend, tuple(buckets)
+        self.pool = pool
+        self.debug = debug
+        self._stack, self._device = stack, device
+        self._context_length, self._breaks = context_length, breaks or debug
+        self._output = torch.zeros(self.buckets[-1], hidden_size, dtype=dtype, device=device)
+        self._audit = CaptureAudit([*static_tensors, *buffers.tensors(), self._output])
+        self._outputs: dict[int, Any] = {}
+        self.graphs: dict[int, BreakableCUDAGraph] = {}
+        self.capture_seconds = 0.0
+        self.memory_bytes = 0
+
+    @abstractmethod
+    def can_run(self, batch: ForwardBatch) -> Dispatch:
+        """The bucket for ``batch``, or None with the reason."""
+
+    @abstractmethod
+    def dummy(self, bucket: int) -> ForwardBatch:
+        """A batch that fills ``bucket`` and stores to the reserved slot alone."""
+
+    def replay_prepare(self, batch: ForwardBatch, bucket: int) -> FilledBatch:
+        """Bring the live batch to where the graph of ``bucket`` reads, and plan its attention."""
+        filled = self.buffers.fill(batch, bucket)
+        self.attn_backend.init_forward_metadata(batch)
+        return filled
+
+    def replay(self, batch: ForwardBatch, bucket: int) -> torch.Tensor:
+        """Hidden states ``[num_tokens, hidden_size]`` of the prepared batch.
+
+        They lie in one output buffer that the next replay, of whatever bucket, overwrites. With
+        ``debug``, a stack's result that is no tensor comes back whole.
+        """
+        with forward_context(batch, self.attn_backend):
+            self.graphs[bucket].replay()
+        output = self._outputs[bucket]
+        return output[: batch.num_tokens] if isinstance(output, torch.Tensor) else output
+
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Capture every bucket. Raises GraphCaptureError, naming the bucket and what helps."""
+        start, taken = time.perf_counter(), self._taken_bytes()
+        if self.debug:
+            logger.warning(
+                "--debug-cuda-graph: every %s runs eagerly inside its graph, which is slower than "
+                "no graph; leave the flag out to serve",
+                self.phase,
+            )
+        self._warm_up()
+        gc.collect()
+        description = f"capturing {self.phase} graphs"
+        with tqdm(self.buckets[::-1], desc=description, unit="bucket") as progress:
+            for bucket in progress:
+                progress.set_postfix_str(f"{bucket} {self.unit}s, {self._memory_text()}")
+                self.graphs[bucket] = self._capture_bucket(bucket)
+        self.capture_seconds = time.perf_counter() - start
+        self.memory_bytes = self._taken_bytes() - taken
+        largest = self.graphs[self.buckets[-1]]
+        logger.info(
+            "captured %d %s graphs of %d to %d %ss, %d segments and %d breaks each, in "
+            "%.2f s and %.3f GB",
+            len(self.buckets),
+            self.phase,
+            self.buckets[0],
+            self.buckets[-1],
+            self.unit,
+            largest.num_segments,
+            largest.num_breaks,
+            self.capture_seconds,
+            self.memory_bytes / 1e9,
+        )
+
+    def run_eagerly(self, batch: ForwardBatch) -> None:
+        """The same forward without a graph, over the same buffers."""
+        filled = self.replay_prepare(batch, batch.num_tokens)
+        with forward_context(batch, self.attn_backend):
+            self._run(filled.inputs)
+
+    def _run(self, inputs: LayerInputs) -> Any:
+        self.attn_backend.begin_layers(inputs)
+        return self._stack(inputs)
+
+    @eager_on_graph()
+    def _run_as_break(self, bucket: int) -> Any:
+        return self._run(self.buffers.inputs(bucket))
+
+    def _warm_up(self) -> None:
+        """Run what is captured once before, so that libraries and kernels set up outside."""
+        if self._device.type == "cuda":
+            for bucket in self._warm_up_buckets():
+                self.run_eagerly(self.dummy(bucket))
+            torch.cuda.synchronize(self._device)
+
+    def _warm_up_buckets(self) -> Iterable[int]:
+        return {self.buckets[-1], self.buckets[0]}
+
+    def _capture_bucket(self, bucket: int) -> BreakableCUDAGraph:
+        batch = self.dummy(bucket)
+        graph = BreakableCUDAGraph()
+        capture = BreakableCUDAGraphCapture(
+            graph, self.pool, device=self._device, audit=self._audit, breaks=self._breaks
+        )
+        try:
+            filled = self.replay_prepare(batch, bucket)
+            with forward_context(batch, self.attn_backend), capture:
+                result = self._run_as_break(bucket) if self.debug else self._run(filled.inputs)
+                if isinstance(result, torch.Tensor):
+                    result = self._output[:bucket].copy_(result)
+                elif not self.debug:
+                    raise TypeError(
+                        f"the layer stack gave a {type(result).__name__}; hidden states, one "
+                        "tensor, are what can be captured"
+                    )
+        except Exception as error:
+            self.graphs.clear()
+            help_ = f"run {self.off_flag} until the cause is mended"
+            if isinstance(error, torch.OutOfMemoryError):
+                help_ = f"lower --mem-fraction-static, or {self.memory_flags}"
+            raise GraphCaptureError(
+                f"capturing the {bucket}-{self.unit} {self.phase} graph failed in segment "
+                f"{capture.num_segments}: {type(error).__name__}: {error} ({help_})"
+            ) from error
+        self._outputs[bucket] = result
+        return graph
+
+    def _taken_bytes(self) -> int:
+        if self._device.type == "cpu":
+            return int(self.pool.num_bytes)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free
+
+    def _memory_text(self) -> str:
+        if self._device.type == "cpu":
+            return f"{self.pool.num_bytes / 1e9:.2f} GB taken"
+        return f"{torch.cuda.mem_get_info(self._device)[0] / 1e9:.1f} GB free"

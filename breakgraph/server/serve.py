@@ -1,0 +1,86 @@
+"""From flags to a running server: the port is taken first, the weights second, clients last.
+
+So a port in use is said at once, and nobody is let in before the first answer can be given.
+"""
+
+from __future__ import annotations
+
+import gc
+import socket
+import threading
+import time
+
+from breakgraph import __version__
+from breakgraph.engine.async_engine import AsyncEngine
+from breakgraph.server.app import create_app
+from breakgraph.server.connection import make_server
+from breakgraph.server_args import ServerArgs
+
+STOP_SECONDS = 5.0
+
+
+def serve(args: ServerArgs) -> None:
+    """Serve until a signal; returns when what was running is finished or out of time.
+
+    Raises:
+        OSError: the address cannot be listened on.
+        ValueError: a flag or the checkpoint is wrong.
+    """
+    sock = bound_socket(args.host, args.port)
+    began = time.perf_counter()
+    engine = AsyncEngine(args)
+    engine.start()
+    # What start-up made stays: a full collection walks it in 0.2 s, in which no token comes.
+    gc.collect()
+    gc.freeze()
+    try:
+        gate = create_app(engine)
+        host, port = sock.getsockname()[:2]
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        summary = f"{summary_line(engine)}; ready in {time.perf_counter() - began:.1f} s"
+
+        def ready() -> None:
+            print(f"{summary}\n{address}", flush=True)
+
+        server = make_server(
+            gate, drain_seconds=args.drain_seconds, log_level=args.log_level, on_ready=ready
+        )
+        server.run(sockets=[sock])
+    finally:
+        # The gate has waited for all that was worth it, and a forward that hangs is not waited for.
+        stop = threading.Thread(target=engine.shutdown, args=(0.0,), daemon=True)
+        stop.start()
+        stop.join(STOP_SECONDS)
+        sock.close()
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that holds the address and does not listen yet."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except (OSError, OverflowError) as error:
+        sock.close()
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot listen on --host {host} --port {port}: {reason}") from error
+    return sock
+
+
+def summary_line(engine: AsyncEngine) -> str:
+    """What is served, in one line."""
+    runner = engine.runner
+    graphs = runner.graph_runner
+    prefill = "prefill without graphs"
+    if graphs is not None:
+        ladder = graphs.buckets
+        prefill = (
+            f"{len(ladder)} prefill graphs of {ladder[0]} to {ladder[-1]} tokens in "
+            f"{graphs.memory_bytes / 1e6:.0f} MB"
+        )
+    return (
+        f"breakgraph {__version__}: {type(runner.model).__name__} in {runner.dtype} on "
+        f"{runner.device}, context {runner.context_length}, KV cache of {runner.slots.num_tokens} "
+        f"tokens, {prefill}"
+    ).replace("torch.", "")

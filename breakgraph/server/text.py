@@ -1,0 +1,109 @@
+"""Between texts and tokens, on a thread of its own: a long prompt delays no other connection.
+
+One thread, because a tokenizer is not made for two; the event loop waits for none of its work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from breakgraph.engine.tokenization import PromptEncoder
+from breakgraph.server.errors import ApiError, refusals
+
+T = TypeVar("T")
+
+
+class Text:
+    """Encodes prompts, renders chats and shows single tokens.
+
+    Args:
+        tokenizer: a transformers tokenizer; None takes and gives token ids only.
+        vocab_size: every id is below it.
+        chat_template: file with a Jinja template; None takes the tokenizer's own.
+
+    Raises:
+        OSError: the template cannot be read.
+    """
+
+    def __init__(self, tokenizer: Any | None, vocab_size: int, chat_template: str | None) -> None:
+        self.tokenizer = tokenizer
+        self._encoder = PromptEncoder(tokenizer, vocab_size)
+        self._template = getattr(tokenizer, "chat_template", None)
+        if chat_template is not None:
+            self._template = Path(chat_template).read_text(encoding="utf-8")
+        self._thread = ThreadPoolExecutor(1, "breakgraph-tokenizer")
+        self.token = lru_cache(1 << 16)(self._token)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def encode(self, prompts: Sequence[str | list[int]], param: str) -> list[list[int]]:
+        """Checked token ids of each prompt; ``param`` is the field they came in."""
+        with refusals(param):
+            return await self._run(partial(self._encoder.encode, prompts))
+
+    async def encode_pairs(self, query: str, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of the query with each text, joined as the tokenizer joins pairs."""
+        tokenizer = self._needed("rerank")
+        pairs = partial(tokenizer, [query] * len(texts), list(texts))
+        return (await self._run(pairs))["input_ids"]
+
+    async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+        tokenizer = self._needed("tokenize")
+        call = partial(tokenizer, text, add_special_tokens=add_special_tokens)
+        return (await self._run(call))["input_ids"]
+
+    async def chat(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
+        """The prompt of a chat: its messages in the template, and the assistant's turn begun."""
+        tokenizer = self._needed("chat")
+        if self._template is None:
+            raise ApiError(
+                400,
+                "this model's tokenizer has no chat template: start the server with "
+                "--chat-template FILE.jinja, or use /v1/completions",
+                code="no_chat_template",
+            )
+        options = {"add_generation_prompt": True} | options
+        if taken := {"tokenize", "chat_template", "conversation"} & set(options):
+            raise ApiError(
+                400,
+                f"{min(taken)} is not for the template to decide; leave it out",
+                param="chat_template_kwargs",
+            )
+
+        def render() -> list[int]:
+            text = tokenizer.apply_chat_template(
+                messages, chat_template=self._template, tokenize=False, **options
+            )
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        try:
+            return await self._run(render)
+        except Exception as error:  # a template raises what it likes, Jinja's errors among it
+            message = f"the chat template refused these messages: {error}"
+            raise ApiError(400, message, param="messages") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "" if self.tokenizer is None else self.tokenizer.decode(ids)
+
+    def _token(self, token_id: int) -> str:
+        """One token as text; the vocabulary's own spelling where it is no whole character."""
+        if self.tokenizer is None:
+            return str(token_id)
+        text: str = self.tokenizer.decode([token_id])
+        return self.tokenizer.convert_ids_to_tokens(token_id) or text if "\ufffd" in text else text
+
+    def _needed(self, what: str) -> Any:
+        if self.tokenizer is None:
+            raise ApiError(
+                400, f"{what} needs a tokenizer, and --skip-tokenizer-init left this server without"
+            )
+        return self.tokenizer
+
+    async def _run(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
