@@ -81,7 +81,9 @@ def main() -> None:
             f"{row['us']:.1f} µs a layer, {row['bytes_floor_us']:.1f} by bytes"
         )
     torch.cuda.empty_cache()
-    with model_runner(args.shape, max_total_tokens=40 * args.context) as runner:
+    with model_runner(
+        args.shape, max_total_tokens=40 * args.context, disable_cuda_graph=False
+    ) as runner:
         graphs = runner.decode_graph_runner
         if graphs is None:
             raise SystemExit("decode graphs are disabled, so there is nothing to compare")

@@ -15,7 +15,7 @@ from benchmarks.common import machine, median, model_runner, shape_names, timed,
 from breakgraph.forward import ForwardBatch
 from breakgraph.runner import ModelRunner
 
-TOKENS = (16, 32, 64, 100, 128, 256, 300, 512, 700, 1024, 2048, 3000, 4096)
+TOKENS = (16, 32, 64, 100, 128, 256, 300, 512, 769, 1024, 1025, 2048, 3000, 4096)
 
 
 def measure(runner: ModelRunner, num_tokens: int, batch_size: int, repeats: int) -> dict[str, Any]:

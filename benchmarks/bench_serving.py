@@ -56,10 +56,10 @@ def prompt_lengths(path: Path, shots: int) -> list[int]:
 
 
 @contextmanager
-def served(shape: str, flags: Sequence[str]) -> Iterator[tuple[str, int, str]]:
-    """A server process of a shape with dummy weights: its host, port and summary line."""
+def served(config: Path, flags: Sequence[str]) -> Iterator[tuple[str, int, str]]:
+    """A server process of a configuration with dummy weights: its host, port and summary line."""
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(SHAPES / f"{shape}.json", Path(folder) / "config.json")
+        shutil.copy(config, Path(folder) / "config.json")
         command = [sys.executable, "-m", "breakgraph.launch_server", "--model-path", folder]
         command += ["--load-format", "dummy", "--skip-tokenizer-init", "--port", "0", *flags]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -197,6 +197,7 @@ def plot(rows: dict[str, list[dict[str, Any]]], title: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=shape_names(), default="qwen3-0.6b")
+    parser.add_argument("--config", type=Path, help="config.json of another shape")
     parser.add_argument("--data-path", type=Path, default=PROBLEMS, help="problems, GSM8K's format")
     parser.add_argument("--shots", type=int, default=0, help="solved problems before each")
     parser.add_argument("--rates", type=float, nargs="+", default=(10, 20, 40, 80))
@@ -209,11 +210,12 @@ def main() -> None:
     parser.add_argument("server_flags", nargs="*", help="flags of the server, behind --")
     args = parser.parse_args()
     lengths = prompt_lengths(args.data_path, args.shots)
-    vocab = json.loads((SHAPES / f"{args.shape}.json").read_text())["vocab_size"]
+    config = args.config or SHAPES / f"{args.shape}.json"
+    vocab = json.loads(config.read_text())["vocab_size"]
     print(f"{len(lengths)} problems of {min(lengths)} to {max(lengths)} tokens")
     rows: dict[str, list[dict[str, Any]]] = {}
     for mode in args.modes:
-        with served(args.shape, [*MODES[mode], *args.server_flags]) as (host, port, summary):
+        with served(config, [*MODES[mode], *args.server_flags]) as (host, port, summary):
             print(f"\n{mode}: {summary}")
             print("  rate  answered  first token p50    p99 ms  next token p50   p99 ms  tokens/s")
             rows[mode] = []
@@ -235,7 +237,9 @@ def main() -> None:
     if args.plot:
         Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
         kind = machine().get("gpu", "CPU")
-        Path(args.plot).write_text(plot(rows, f"{args.shape}, time to first token, {kind}"))
+        Path(args.plot).write_text(
+            plot(rows, f"{args.config or args.shape}, time to first token, {kind}")
+        )
 
 
 if __name__ == "__main__":

@@ -27,10 +27,11 @@ def shape_names() -> list[str]:
 
 @contextmanager
 def model_runner(shape: str, **flags: Any) -> Iterator[ModelRunner]:
-    """A runner for the named shape with dummy weights; its memory is freed at the end."""
+    """A runner for the named shape: dummy weights, decode eager; its memory is freed at the end."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(SHAPES / f"{shape}.json", Path(folder) / "config.json")
-        args = ServerArgs(model_path=folder, load_format="dummy", skip_tokenizer_init=True, **flags)
+        defaults = {"load_format": "dummy", "skip_tokenizer_init": True, "disable_cuda_graph": True}
+        args = ServerArgs(model_path=folder, **(defaults | flags))
         runner = ModelRunner(args)
         yield runner
         del runner
