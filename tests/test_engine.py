@@ -12,6 +12,7 @@ from models_support import make_reference, save_checkpoint
 from transformers import Qwen3ForCausalLM
 
 from breakgraph import Engine
+from breakgraph.engine import SamplingParams
 from breakgraph.engine.tokenization import PromptEncoder, end_token_ids
 from breakgraph.server_args import ServerArgs
 
@@ -103,6 +104,63 @@ def test_equals_transformers(reference, flags):
             assert 0 <= stats.padding < 0.5
         else:
             assert stats.replays == 0 < stats.eager_ms
+
+
+SHARED = [(5 * i + 1) % 250 for i in range(40)]
+ALIKE = [*([*SHARED, i, 2 * i] for i in range(6)), SHARED[:20], SHARED + [9] * 30]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"page_size": 16, **GRAPHS},
+        {"max_total_tokens": 128, "page_size": 4},
+        {"chunked_prefill_size": 24, "max_running_requests": 3},
+        {"enable_breakable_cuda_graph": True, "chunked_prefill_size": 64},
+    ],
+    ids=["plain", "pages and graphs", "tight", "chunks", "graphs"],
+)
+def test_a_cached_prefix_changes_nothing(reference, flags):
+    """Tokens and log-probabilities of prompts that share a beginning, as each has them alone."""
+    folder, model = reference
+    params = SamplingParams(max_new_tokens=10, temperature=0, logprobs=0)
+    with make(folder, **flags) as engine:
+        answers = engine.generate(ALIKE, sampling_params=params)
+        assert engine.statistics.cached_tokens > 3 * 32
+        assert engine.runner.requests.is_empty
+    with make(folder, disable_radix_cache=True) as cold:
+        for prompt, answer in zip(ALIKE, answers, strict=True):
+            alone = cold.generate([prompt], sampling_params=params)[0]
+            assert alone.cached_tokens == 0
+            assert answer.token_ids == alone.token_ids == expected_tokens(model, prompt, 10)
+            torch.testing.assert_close(
+                torch.tensor([one.logprob for one in answer.logprobs]),
+                torch.tensor([one.logprob for one in alone.logprobs]),
+                atol=1e-4,
+                rtol=0,
+            )
+
+
+def test_a_pool_that_is_too_small_for_all_gives_the_same_texts(reference):
+    params = SamplingParams(max_new_tokens=60, temperature=0.7, seed=5, ignore_eos=True)
+    prompts = [[i, 1, 2, 3] for i in range(6)]
+    answers, retractions = [], []
+    for tokens in (512, 80):
+        with make(reference[0], max_total_tokens=tokens, chunked_prefill_size=32) as engine:
+            engine._scheduler._headroom = 4
+            answers.append([r.token_ids for r in engine.generate(prompts, sampling_params=params)])
+            retractions.append(engine.statistics.retractions)
+            assert engine.runner.requests.is_empty
+    assert answers[0] == answers[1] and retractions[0] == 0 < retractions[1]
+
+
+def test_prompt_logprobs_of_a_generation(engine: Engine):
+    params = SamplingParams(max_new_tokens=2, temperature=0, prompt_logprobs=True)
+    found = engine.generate([PROMPTS[3]] * 2, sampling_params=params)
+    expected = engine.prefill([PROMPTS[3]], return_logprob=True)[0].input_token_logprobs
+    for result in found:
+        assert result.prompt_logprobs == pytest.approx(expected, abs=1e-4, nan_ok=False)
 
 
 def test_graphs_can_be_left_out_of_a_call(engine: Engine):

@@ -62,6 +62,23 @@ class Table(RuleBasedStateMachine):
             before -= pages * self.page_size
         assert self.allocator.available_tokens == before
 
+    @rule()
+    def extend_each(self) -> None:
+        rows = [row for row, slots in self.held.items() if slots]
+        if not rows:
+            return
+        at_border = sum(len(self.held[row]) % self.page_size == 0 for row in rows)
+        wanted = np.array(rows)
+        if max(len(self.held[row]) for row in rows) >= CONTEXT:
+            with pytest.raises(ValueError, match="context"):
+                self.table.extend_each(wanted)
+        elif at_border * self.page_size > self.allocator.available_tokens:
+            with pytest.raises(OutOfSlotsError, match="--max-total-tokens"):
+                self.table.extend_each(wanted)
+        else:
+            for row, slot in zip(rows, self.table.extend_each(wanted).tolist(), strict=True):
+                self.held[row].append(slot)
+
     @rule(row=consumes(rows))
     def release(self, row: int) -> None:
         if self.held.pop(row, None) is None:

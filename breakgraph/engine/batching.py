@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 import torch
 
-from breakgraph.engine.request import Request
+from breakgraph.engine.request import Request, TokenLogprob, Want
+from breakgraph.engine.sampling import sample
 from breakgraph.forward import ForwardBatch, ForwardMode
 from breakgraph.memory import RequestTable
 
 if TYPE_CHECKING:
     from breakgraph.runner.breakable_cuda_graph_runner import BreakableCudaGraphRunner
+    from breakgraph.runner.buckets import Dispatch
     from breakgraph.runner.model_runner import ForwardResult
 
 NO_TARGET = -1
@@ -51,6 +53,51 @@ class Piece:
         return self.end == len(self.request.ids)
 
 
+Output: TypeAlias = tuple[int, TokenLogprob | None] | None
+"""A request's generated token; None where its result is kept in the request itself."""
+
+
+def run_forward(
+    runner: Runner, pieces: Sequence[Piece], mode: ForwardMode, clock: Clock
+) -> tuple[Dispatch, list[tuple[Request, Output]]]:
+    """Run ``pieces``, keep in their requests what is not a token, and choose the tokens.
+
+    Args:
+        runner: runs the forward.
+        pieces: what it takes.
+        mode: what it is for.
+        clock: times the forward, without what comes before and after it.
+
+    Returns:
+        How it ran, and each request whose last known token it reached, with its output.
+    """
+    batch = make_batch(pieces, runner.requests, mode)
+    allow_graph = all(piece.request.allow_graph for piece in pieces)
+    clock.start()
+    result = runner.forward(batch, allow_graph=allow_graph)
+    clock.stop()
+    _keep_prompt_logprobs(pieces, result.input_token_logprobs)
+    done = [(row, piece.request) for row, piece in enumerate(pieces) if piece.completes]
+    outputs: list[tuple[Request, Output]] = []
+    for want in {request.want for _, request in done}:
+        rows = [row for row, request in done if request.want is want]
+        requests = [request for _, request in done if request.want is want]
+        if want is Want.NOTHING:
+            outputs += [(request, None) for request in requests]
+            continue
+        values = result.pooled if want is Want.POOLED else result.next_token_logits
+        if values is None:
+            raise RuntimeError("the forward lacks an output it was asked for: a bug in the runner")
+        if len(rows) < len(pieces):
+            values = values[rows]
+        if want is Want.TOKENS:
+            outputs += zip(requests, sample(values, requests), strict=True)
+        else:
+            _keep_vectors(requests, values)
+            outputs += [(request, None) for request in requests]
+    return result.dispatch, outputs
+
+
 def make_batch(pieces: Sequence[Piece], table: RequestTable, mode: ForwardMode) -> ForwardBatch:
     """The forward of ``pieces``."""
     rows = [held(piece.request) for piece in pieces]
@@ -78,7 +125,7 @@ def _targets(pieces: Sequence[Piece]) -> np.ndarray | None:
     return np.array(targets, np.int64)
 
 
-def keep_prompt_logprobs(pieces: Sequence[Piece], values: torch.Tensor | None) -> None:
+def _keep_prompt_logprobs(pieces: Sequence[Piece], values: torch.Tensor | None) -> None:
     """Give each request that wants them its prompt's log-probabilities, ``[num_tokens]``."""
     if values is None:
         return
@@ -91,24 +138,19 @@ def keep_prompt_logprobs(pieces: Sequence[Piece], values: torch.Tensor | None) -
         begin += piece.count
 
 
-def keep_vectors(requests: Sequence[tuple[int, Request]], output: torch.Tensor) -> None:
-    """Give each request its row of ``output``, or its labels' log-probabilities by that row."""
-    whole = [(row, request) for row, request in requests if not request.labels]
+def _keep_vectors(requests: Sequence[Request], values: torch.Tensor) -> None:
+    """Give each request its row of ``values``, or its labels' log-probabilities by that row."""
+    whole = [(row, request) for row, request in enumerate(requests) if not request.labels]
     if whole:
-        values = output[[row for row, _ in whole]].float().cpu()
-        for (_, request), vector in zip(whole, values, strict=True):
+        vectors = values[[row for row, _ in whole]].float().cpu()
+        for (_, request), vector in zip(whole, vectors, strict=True):
             request.vector = vector
-    labelled = [(row, request) for row, request in requests if request.labels]
+    labelled = [(row, request) for row, request in enumerate(requests) if request.labels]
     if labelled:
-        logprobs = [output[row].log_softmax(-1)[list(r.labels)] for row, r in labelled]
+        logprobs = [values[row].log_softmax(-1)[list(r.labels)] for row, r in labelled]
         parts = torch.cat(logprobs).cpu().split([len(r.labels) for _, r in labelled])
         for (_, request), vector in zip(labelled, parts, strict=True):
             request.vector = vector
-
-
-def completed(pieces: Sequence[Piece]) -> Iterator[tuple[int, Request]]:
-    """The row of each request whose last known token was reached, and the request."""
-    return ((row, piece.request) for row, piece in enumerate(pieces) if piece.completes)
 
 
 def held(request: Request) -> int:

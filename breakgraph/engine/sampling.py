@@ -76,10 +76,8 @@ def penalise(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
 def draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     """A token per row, int64 ``[batch_size]``: the likeliest for greedy requests, else drawn."""
     settings = [
-        (1.0, 0.0, 1.0)
-        if request.params.is_greedy
-        else (
-            request.params.temperature,
+        (
+            0.0 if request.params.is_greedy else request.params.temperature,
             uniform(request.seed, request.num_new),
             request.params.min_p,
         )
@@ -88,9 +86,11 @@ def draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     temperature, chance, min_p = (
         torch.tensor(settings, dtype=torch.float32).to(logits.device, non_blocking=True).unbind(1)
     )
+    greedy = temperature == 0
+    largest, likeliest = logits.max(-1)
     # Less the largest first: a low temperature cannot overflow then.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.unsqueeze(1)
-    probs = scaled.softmax(-1)
+    divisor = temperature.masked_fill(greedy, 1).unsqueeze(1)
+    probs = ((logits - largest.unsqueeze(1)) / divisor).softmax(-1)
     least = min_p * probs.amax(-1)
     narrowed = [row for row, request in enumerate(requests) if _is_narrowed(request.params)]
     if narrowed:
@@ -98,12 +98,14 @@ def draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         some = torch.tensor(narrowed).to(logits.device, non_blocking=True)
         limits = _smallest_kept(probs.index_select(0, some), params)
         least = least.index_copy(0, some, torch.maximum(least.index_select(0, some), limits))
-    # A greedy row keeps its largest alone (min_p is 1 there), the first of equals.
-    kept = probs.masked_fill(probs < least.unsqueeze(1), 0)
+    kept = probs.masked_fill_(probs < least.unsqueeze(1), 0)
     cumulative = kept.cumsum(-1)
     target = (chance * cumulative[:, -1]).unsqueeze(1)
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return tokens.clamp_(max=logits.shape[1] - 1)
+    tokens = torch.searchsorted(cumulative, target, right=True)
+    tokens = tokens.clamp_(max=logits.shape[1] - 1)
+    # A parallel sum may rise by its rounding where a token left out adds nothing.
+    missed = kept.gather(1, tokens).squeeze(1) == 0
+    return torch.where(greedy | missed, likeliest, tokens.squeeze(1))
 
 
 def _is_narrowed(params: SamplingParams) -> bool:

@@ -15,18 +15,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from breakgraph.engine.batching import (
-    Clock,
-    Piece,
-    Runner,
-    completed,
-    held,
-    keep_prompt_logprobs,
-    keep_vectors,
-    make_batch,
-)
-from breakgraph.engine.request import FinishReason, Request, TokenLogprob, Want
-from breakgraph.engine.sampling import sample
+import numpy as np
+
+from breakgraph.engine.batching import Clock, Piece, Runner, held, run_forward
+from breakgraph.engine.request import FinishReason, Request, TokenLogprob
 from breakgraph.engine.statistics import LastPrefill, Statistics
 from breakgraph.forward import ForwardMode
 from breakgraph.memory import KVSpace
@@ -158,9 +150,13 @@ class Scheduler:
             chosen = chosen[: self._chunk]
             for request in chosen:
                 self.running[request.number] = self.running.pop(request.number)
+        chosen.sort(key=lambda request: request.number)
+        slots = self.kv.extend_each(np.array([held(r) for r in chosen])) if chosen else None
+        if slots is not None:
+            return [Piece(r, r.computed, 1, slots[i : i + 1]) for i, r in enumerate(chosen)]
         pieces = []
         # Oldest first: whom one retracts for its slot is younger, and has no piece yet.
-        for request in sorted(chosen, key=lambda r: r.number):
+        for request in chosen:
             if request.row is not None and self._make_room(request, 1):
                 pieces.append(self._piece(request, 1))
         return pieces
@@ -193,6 +189,8 @@ class Scheduler:
         whose beginning is about to be cached. One that waits for memory is not, or it might wait
         for ever.
         """
+        if not self.waiting:
+            return []
         promised = sum(self._promised(request) for request in self.running.values())
         pieces: list[Piece] = []
         place = 0
@@ -220,14 +218,15 @@ class Scheduler:
 
     def _soon_cached(self, request: Request, pieces: Sequence[Piece]) -> bool:
         """Whether another prompt of this forward begins as ``request``, and worth waiting for."""
-        if not pieces or self.kv.cache is None or len(request.reusable) < WORTH_WAITING:
+        length = max(WORTH_WAITING, self.kv.page_size)
+        if not pieces or self.kv.cache is None or len(request.reusable) < length:
             return False
-        begin = request.ids[:WORTH_WAITING]
+        begin = request.ids[:length]
         return any(
             piece.request.use_cache
             and piece.completes
-            and piece.start < WORTH_WAITING
-            and piece.request.ids[:WORTH_WAITING] == begin
+            and piece.start < length
+            and piece.request.ids[:length] == begin
             for piece in pieces
         )
 
@@ -272,45 +271,24 @@ class Scheduler:
     # Running.
 
     def _run(self, pieces: Sequence[Piece], mode: ForwardMode) -> list[Update]:
-        batch = make_batch(pieces, self.kv.table, mode)
-        self._clock.start()
-        result = self._runner.forward(
-            batch, allow_graph=all(piece.request.allow_graph for piece in pieces)
-        )
-        self._clock.stop()
-        dispatch, is_prefill = result.dispatch, mode is ForwardMode.PREFILL
-        done = list(completed(pieces))
-        keep_prompt_logprobs(pieces, result.input_token_logprobs)
+        dispatch, outputs = run_forward(self._runner, pieces, mode, self._clock)
+        is_prefill = mode is ForwardMode.PREFILL
         for piece in pieces:
             request = piece.request
             request.computed += piece.count
             if is_prefill and not request.num_new:
                 request.dispatch = dispatch
-            if is_prefill and piece.completes and request.use_cache:
+            if is_prefill and request.use_cache and not request.remaining:
                 self.kv.share(held(request), request.ids)
         updates = []
-        vectors = [(row, r) for row, r in done if r.want in (Want.LOGITS, Want.POOLED)]
-        if vectors:
-            pooled = vectors[0][1].want is Want.POOLED
-            output = result.pooled if pooled else result.next_token_logits
+        for request, output in outputs:
             if output is None:
-                raise RuntimeError("the forward lacks the output that its requests want: a bug")
-            keep_vectors(vectors, output)
-        writers = [(row, r) for row, r in done if r.want is Want.TOKENS]
-        if writers:
-            logits = result.next_token_logits
-            if logits is None:
-                raise RuntimeError("the forward has no logits to generate from: a bug")
-            if len(writers) < len(pieces):
-                logits = logits[[row for row, _ in writers]]
-            requests = [request for _, request in writers]
-            for request, (token, logprob) in zip(requests, sample(logits, requests), strict=True):
-                updates.append(self._take(request, token, logprob))
-        updates += [self._finish(r, "stop") for _, r in done if r.want is not Want.TOKENS]
+                updates.append(self._finish(request, "stop"))
+            else:
+                updates.append(self._take(request, *output))
         if is_prefill:
-            self.statistics.record_prefill(
-                LastPrefill.of(dispatch, self._clock.ms(), self._runner.graph_runner)
-            )
+            ms, graphs = self._clock.ms(), self._runner.graph_runner
+            self.statistics.record_prefill(LastPrefill.of(dispatch, ms, graphs))
         else:
             self.statistics.record_decode(dispatch.reason.value)
         return updates

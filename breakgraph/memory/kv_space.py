@@ -58,11 +58,16 @@ class KVSpace:
         Raises:
             OutOfSlotsError: ``can_extend`` is False; the row stays as it was.
         """
-        short = self.table.pages_to_extend(row, count) * self.page_size
-        short -= self.table.allocator.available_tokens
-        if short > 0 and self.cache is not None and short <= self.cache.evictable_tokens:
-            self.cache.evict(short)
+        self._free_pages(self.table.pages_to_extend(row, count))
         return self.table.extend(row, count)
+
+    def extend_each(self, rows: np.ndarray) -> np.ndarray | None:
+        """A slot for one more token of each of ``rows``; None, and none taken, if too few are."""
+        pages = int((self.table.lengths[rows] % self.page_size == 0).sum())
+        if pages > self.available_pages:
+            return None
+        self._free_pages(pages)
+        return self.table.extend_each(rows)
 
     def share(self, row: int, ids: Sequence[int]) -> None:
         """Let others use the whole pages of ``ids``, all computed, while ``row`` goes on."""
@@ -93,6 +98,12 @@ class KVSpace:
         """Forget every cached prefix that no running request uses."""
         if self.cache is not None:
             self.cache.evict(self.cache.evictable_tokens)
+
+    def _free_pages(self, pages: int) -> None:
+        """Evict until so many pages are free, if so many can be."""
+        short = pages * self.page_size - self.table.allocator.available_tokens
+        if short > 0 and self.cache is not None and short <= self.cache.evictable_tokens:
+            self.cache.evict(short)
 
     def _unlock(self, row: int) -> None:
         node = self._nodes.pop(row, None)

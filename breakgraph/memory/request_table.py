@@ -104,6 +104,24 @@ class RequestTable:
         self.lengths[row] = new
         return slots
 
+    def extend_each(self, rows: np.ndarray) -> np.ndarray:
+        """Give each of ``rows``, all different and none empty, a slot for one more token.
+
+        Returns:
+            int32 ``[len(rows)]``.
+
+        Raises:
+            ValueError: a row would outgrow the context length.
+            OutOfSlotsError: the pool has too few; the rows stay as they were.
+        """
+        lengths = self.lengths[rows]
+        if lengths.max() >= self.table.shape[1]:
+            raise ValueError(f"a request outgrows the context of {self.table.shape[1]} tokens")
+        slots = self.allocator.grow_each(lengths, self.table[rows, lengths - 1])
+        self.table[rows, lengths] = slots
+        self.lengths[rows] = lengths + 1
+        return slots
+
     def slots(self, row: int) -> np.ndarray:
         """The row's slots, int32 ``[length]``: a view, good until the row is released."""
         self._check(row)

@@ -67,15 +67,40 @@ class SlotAllocator:
                 f"{new_len - old_len} more tokens take {pages} pages of {self.page_size}, "
                 f"{self._num_free} of {self.num_pages} are free; raise --max-total-tokens"
             )
-        begin = self._num_free - pages
-        fresh = self._free[begin : self._num_free][::-1]
-        self._num_free = begin
-        self._taken[fresh] = True
+        fresh = self._take(pages)
         room = self.pages_for(old_len) * self.page_size - old_len
         rest = np.arange(last_slot + 1, last_slot + 1 + room, dtype=np.int32)
         offsets = np.arange(self.page_size, dtype=np.int32)
         paged = (fresh[:, None] * self.page_size + offsets).reshape(-1)
         return np.concatenate([rest, paged])[: new_len - old_len].astype(np.int32, copy=False)
+
+    def grow_each(self, old_lens: np.ndarray, last_slots: np.ndarray) -> np.ndarray:
+        """A slot for one more token of each of several requests; as ``grow`` of each.
+
+        Args:
+            old_lens: int32 ``[num_requests]``, the tokens of each.
+            last_slots: int32 ``[num_requests]``, the slot of each one's last token.
+
+        Returns:
+            int32 ``[num_requests]``.
+        """
+        at_border = old_lens % self.page_size == 0
+        pages = int(at_border.sum())
+        if pages > self._num_free:
+            raise OutOfSlotsError(
+                f"{len(old_lens)} requests take {pages} pages of {self.page_size} for a token "
+                f"each, {self._num_free} of {self.num_pages} are free; raise --max-total-tokens"
+            )
+        slots = last_slots + 1
+        slots[at_border] = self._take(pages) * self.page_size
+        return slots
+
+    def _take(self, pages: int) -> np.ndarray:
+        begin = self._num_free - pages
+        fresh = self._free[begin : self._num_free][::-1]
+        self._num_free = begin
+        self._taken[fresh] = True
+        return fresh
 
     def free(self, slots: np.ndarray) -> None:
         """Take back all ``slots`` of one request, int32 ``[length]`` in the order of its tokens.

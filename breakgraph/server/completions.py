@@ -17,7 +17,7 @@ from breakgraph.server.errors import ApiError
 from breakgraph.server.generation import Choice, merged, sampling_params, submit, usage
 from breakgraph.server.protocol import ChatRequest, CompletionRequest, Generation
 from breakgraph.server.service import Service
-from breakgraph.server.streaming import event_stream
+from breakgraph.server.streaming import EventStream
 from breakgraph.server.text import Text
 
 DEFAULT_MAX_TOKENS = 16  # of completions, as OpenAI's; a chat may go on to the end of the context
@@ -210,7 +210,7 @@ async def _answer(
             yield base | {"choices": [], "usage": usage(choices, n)}
 
     if request.stream:
-        return event_stream(chunks())
+        return EventStream(chunks())
     async for _ in outputs:
         pass
     body: dict[str, Any] = head | {"object": dialect.kind, "choices": []}

@@ -118,6 +118,7 @@ def make_server(
         ws="none",
         loop="asyncio",
         lifespan="off",
+        proxy_headers=False,
         log_config=None,
         log_level="debug" if log_level == "debug" else "warning",
         access_log=log_level == "debug",

@@ -103,7 +103,26 @@ async def merged(
     Raises:
         ApiError: one failed or ran out of time; the others are left to the gate, which aborts them.
     """
-    queue: asyncio.Queue[tuple[Choice, Output | BaseException]] = asyncio.Queue(len(choices))
+    latest: dict[int, float] = {}
+    async for choice, output in _outputs(choices):
+        now = time.perf_counter()
+        if output.token_ids:
+            before = latest.get(choice.index)
+            metrics.tokens(len(output.token_ids), now - (before or began), first=before is None)
+            latest[choice.index] = now
+        choice.take(output)
+        if output.finished:
+            _check(output)
+        yield choice, output
+
+
+async def _outputs(choices: Sequence[Choice]) -> AsyncIterator[tuple[Choice, Output]]:
+    """Each output of each choice, as it comes."""
+    if len(choices) == 1:  # most requests: no tasks, so nothing between the engine and the client
+        async for output in choices[0].stream:
+            yield choices[0], output
+        return
+    queue: asyncio.Queue[tuple[Choice, Output | Exception]] = asyncio.Queue(len(choices))
 
     async def pump(choice: Choice) -> None:
         try:
@@ -113,23 +132,14 @@ async def merged(
             await queue.put((choice, error))
 
     pumps = [asyncio.ensure_future(pump(choice)) for choice in choices]
-    latest: dict[int, float] = {}
     try:
         left = len(choices)
         while left:
-            choice, output = await queue.get()
-            if isinstance(output, BaseException):
-                raise output
-            now = time.perf_counter()
-            if output.token_ids:
-                before = latest.get(choice.index)
-                metrics.tokens(len(output.token_ids), now - (before or began), first=before is None)
-                latest[choice.index] = now
-            choice.take(output)
-            if output.finished:
-                left -= 1
-                _check(output)
-            yield choice, output
+            choice, news = await queue.get()
+            if isinstance(news, Exception):
+                raise news
+            left -= news.finished
+            yield choice, news
     finally:
         for task in pumps:
             task.cancel()

@@ -33,10 +33,12 @@ class Service:
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine, self.args = engine, engine.args
         runner = engine.runner
-        self.text = Text(engine.tokenizer, runner.vocab_size, self.args.chat_template)
         self.metrics = ServerMetrics(engine)
         self.model_name = self.args.served_model_name or self.args.model_path
         self.context_length: int = runner.context_length
+        self.text = Text(
+            engine.tokenizer, runner.vocab_size, self.context_length, self.args.chat_template
+        )
         self.model_config: Any = runner.model.config
         self.is_classifier = isinstance(runner.model, SequenceClassifier)
 

@@ -17,6 +17,10 @@ from breakgraph.server.errors import ApiError, refusals
 
 T = TypeVar("T")
 
+# A text that cannot fit is refused for the tokens of its first characters, this many for each
+# token of the context: 3 MB of words take 7 s to encode, and others would wait behind them.
+PROBE = 16
+
 
 class Text:
     """Encodes prompts, renders chats and shows single tokens.
@@ -24,14 +28,21 @@ class Text:
     Args:
         tokenizer: a transformers tokenizer; None takes and gives token ids only.
         vocab_size: every id is below it.
+        context_length: most tokens of a prompt.
         chat_template: file with a Jinja template; None takes the tokenizer's own.
 
     Raises:
         OSError: the template cannot be read.
     """
 
-    def __init__(self, tokenizer: Any | None, vocab_size: int, chat_template: str | None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Any | None,
+        vocab_size: int,
+        context_length: int,
+        chat_template: str | None,
+    ) -> None:
+        self.tokenizer, self._context = tokenizer, context_length
         self._encoder = PromptEncoder(tokenizer, vocab_size)
         self._template = getattr(tokenizer, "chat_template", None)
         if chat_template is not None:
@@ -45,7 +56,9 @@ class Text:
     async def encode(self, prompts: Sequence[str | list[int]], param: str) -> list[list[int]]:
         """Checked token ids of each prompt; ``param`` is the field they came in."""
         with refusals(param):
-            return await self._run(partial(self._encoder.encode, prompts))
+            if not any(isinstance(prompt, str) for prompt in prompts):
+                return self._encoder.encode(prompts)  # a check alone is sooner done than handed on
+            return await self._run(partial(self._encode, prompts))
 
     async def encode_pairs(self, query: str, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of the query with each text, joined as the tokenizer joins pairs."""
@@ -55,8 +68,9 @@ class Text:
 
     async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         tokenizer = self._needed("tokenize")
-        call = partial(tokenizer, text, add_special_tokens=add_special_tokens)
-        return (await self._run(call))["input_ids"]
+        return (await self._run(partial(tokenizer, text, add_special_tokens=add_special_tokens)))[
+            "input_ids"
+        ]
 
     async def chat(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
         """The prompt of a chat: its messages in the template, and the assistant's turn begun."""
@@ -80,16 +94,38 @@ class Text:
             text = tokenizer.apply_chat_template(
                 messages, chat_template=self._template, tokenize=False, **options
             )
+            self._probe(text)
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
         try:
             return await self._run(render)
+        except ApiError:
+            raise
         except Exception as error:  # a template raises what it likes, Jinja's errors among it
             message = f"the chat template refused these messages: {error}"
             raise ApiError(400, message, param="messages") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         return "" if self.tokenizer is None else self.tokenizer.decode(ids)
+
+    def _encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                self._probe(prompt)
+        return self._encoder.encode(prompts)
+
+    def _probe(self, text: str) -> None:
+        """Refuse a text that is sure to be too long, by its beginning."""
+        begin = PROBE * self._context
+        if self.tokenizer is None or len(text) <= begin:
+            return
+        if len(self.tokenizer(text[:begin])["input_ids"]) > 2 * self._context:
+            raise ApiError(
+                400,
+                f"the prompt has {len(text)} characters; the model's context is "
+                f"{self._context} tokens",
+                code="context_length_exceeded",
+            )
 
     def _token(self, token_id: int) -> str:
         """One token as text; the vocabulary's own spelling where it is no whole character."""

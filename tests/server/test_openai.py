@@ -163,6 +163,7 @@ def test_models_are_listed(server: Running):
         ({"prompt": ""}, "is empty", "prompt"),
         ({"prompt": [99999]}, "the vocabulary has ids 0 to 1023", "prompt"),
         ({"prompt": "x " * 3000}, "the model's is 2048", None),
+        ({"prompt": "x " * 30000}, "the model's context is 2048 tokens", None),
         ({"temperature": "hot"}, "temperature: Input should be a valid number", "temperature"),
         ({"temperature": -1}, "temperature is -1", None),
         ({"top_p": 0}, "top_p is 0", None),

@@ -41,7 +41,7 @@ def test_the_page_streams_an_answer_and_draws_its_prefill(server: Running, tmp_p
     page = rendered(server, tmp_path, prompt)
     assert 'data-done="yes"' in page
     assert text.strip() in page
-    assert "ms to the first token" in page
+    assert "ms to first token" in page
     assert re.search(r'id="sentence">\d+ tokens? replay in bucket (16|32|64|128)', page)
     picture = page[page.index("<svg") : page.index("</svg>")]
     assert len(re.findall(r'<rect class="segment"', picture)) == 7 + 1 + 1  # rows, the bucket
