@@ -1,5 +1,6 @@
 """Whatever runs beside a request, is cached, or is taken from it: it generates the same tokens."""
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -138,6 +139,23 @@ def test_a_tiny_pool_retracts_and_gives_the_same_texts():
         assert roomy == tight and none == 0 < some
 
 
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("steps", [2, 5, 8])
+def test_a_prompts_log_probabilities_survive_a_retraction(caching: bool, steps: int):
+    runner = HistoryRunner(chunk_size=8, page_size=4)
+    scheduler = Scheduler(runner, cache_prefixes=caching)
+    params = SamplingParams(temperature=0, prompt_logprobs=True)
+    one = request([1 + i % 30 for i in range(30)], 12, params)
+    scheduler.add(one)
+    for _ in range(steps):
+        scheduler.step()
+    scheduler._retract(one)
+    run(scheduler)
+    wanted = [runner.logits(one.ids[:n]).log_softmax(-1)[one.ids[n]].item() for n in range(1, 30)]
+    np.testing.assert_allclose(one.prompt_logprobs, wanted, atol=1e-5)
+    assert one.new_ids == runner.expected(one)
+
+
 def test_the_oldest_is_never_retracted_and_all_end_in_order_of_age():
     scheduler = Scheduler(HistoryRunner(num_tokens=40), headroom=0)
     requests = [request([i, 1, 2, 3], 30) for i in range(1, 6)]
@@ -214,12 +232,14 @@ def test_short_requests_answer_while_a_long_one_chunks(short: int):
 
 def test_a_flood_of_short_requests_does_not_starve_a_long_one():
     scheduler = Scheduler(HistoryRunner(chunk_size=16, num_tokens=400, max_running_requests=64))
-    long = request(range(1, 161), 1)
+    long = request([1 + i % 30 for i in range(160)], 1)
     scheduler.add(long)
+    numbers = itertools.count()
 
     def flood() -> bool:
         while len(scheduler.waiting) < 8:
-            scheduler.add(request([7] * 10, 1))
+            number = next(numbers)
+            scheduler.add(request([number // 30 % 30, number % 30] * 8, 1))
         return long.num_new > 0
 
     assert steps_until(scheduler, flood) <= 4 * 10

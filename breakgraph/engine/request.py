@@ -60,7 +60,6 @@ class Request:
         computed: leading tokens of ``ids`` that lie in the pool.
         row: its row in the request table; None while it holds none.
         cached_tokens: tokens of the prompt found in the cache when it first ran.
-        prefill_until: ids up to here are prefill: the prompt, or what was known at a retraction.
         vector: the result of ``Want.LOGITS`` or ``Want.POOLED``: float32, on the CPU.
         prompt_logprobs: of the prompt's tokens but the first, as far as computed.
         logprobs: of the generated tokens, where wanted.
@@ -85,7 +84,6 @@ class Request:
     computed: int = 0
     row: int | None = None
     cached_tokens: int = 0
-    prefill_until: int = 0
     vector: torch.Tensor | None = None
     prompt_logprobs: list[float] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -96,7 +94,7 @@ class Request:
     prompt_len: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.prompt_len = self.prefill_until = len(self.ids)
+        self.prompt_len = len(self.ids)
 
     @property
     def remaining(self) -> int:
@@ -105,8 +103,8 @@ class Request:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether its next forward is a prefill."""
-        return self.computed < self.prefill_until
+        """Whether its next forward is a prefill: of the prompt, or after a retraction."""
+        return self.computed < self.prompt_len or self.remaining > 1
 
     @property
     def max_cached(self) -> int:

@@ -258,8 +258,8 @@ class Scheduler:
 
     def _retract(self, request: Request) -> None:
         """Take back all that a running request holds, and queue it by its age."""
-        self._release(request, reuse=request.use_cache)
-        request.computed, request.prefill_until = 0, len(request.ids)
+        self._release(request)
+        request.computed = 0
         place = sum(1 for other in self.waiting if other.number < request.number)
         self.waiting.insert(place, request)
         self.statistics.retractions += 1
@@ -308,20 +308,22 @@ class Scheduler:
             self._finish(request, reason)
         return Update(request, token, logprob)
 
-    def _finish(self, request: Request, reason: FinishReason, reuse: bool = True) -> Update:
+    def _finish(self, request: Request, reason: FinishReason) -> Update:
         if request.row is None:
             self.waiting.remove(request)
         else:
-            self._release(request, reuse and request.use_cache)
+            self._release(request)
         request.finish_reason = reason
         self.statistics.prompts += 1
         return Update(request)
 
     def _fail(self, request: Request, error: Exception) -> Update:
         request.error = error
-        return self._finish(request, "error", reuse=False)
+        return self._finish(request, "error")
 
-    def _release(self, request: Request, reuse: bool) -> None:
-        self.kv.release(held(request), request.ids[: request.computed] if reuse else ())
+    def _release(self, request: Request) -> None:
+        # ``computed`` counts forwards that came to their end, so it is good after an error too.
+        computed = request.ids[: request.computed] if request.use_cache else ()
+        self.kv.release(held(request), computed)
         request.row = None
         del self.running[request.number]
