@@ -232,7 +232,11 @@ def main() -> None:
         for graphs, eager in zip(rows["graphs"], rows["eager"], strict=True):
             ratio = graphs["ttft_p50_ms"] / eager["ttft_p50_ms"]
             print(f"{graphs['rate']:g} a second: median time to first token {ratio:.2f} of eager's")
-    settings = {key: str(value) for key, value in vars(args).items()}
+    settings = {
+        key: value.name if isinstance(value, Path) else value
+        for key, value in vars(args).items()
+        if key not in ("output", "plot")
+    }
     write_json(args.output, {"settings": settings, "rows": rows})
     if args.plot:
         Path(args.plot).parent.mkdir(parents=True, exist_ok=True)

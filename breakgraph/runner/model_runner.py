@@ -310,7 +310,7 @@ class ModelRunner:
                 f"each of {len(runner.buckets)} graphs has {graph.num_segments} "
                 f"segments and {graph.num_breaks} breaks"
             )
-        counts = ", ".join(f"{reason}: {n}" for reason, n in counted.items())
+        counts = ", ".join(f"{reason}: {n}" for reason, n in dict(counted).items())
         return "\n".join([*lines, f"forwards so far: {counts or 'none'}"])
 
     def _tail(self, dispatch: Dispatch, hidden: torch.Tensor, filled: FilledBatch) -> ForwardResult:
