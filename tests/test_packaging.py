@@ -40,7 +40,8 @@ def test_every_module_imports_without_triton_and_cuda_python() -> None:
 import importlib, pkgutil, sys
 sys.modules["triton"] = sys.modules["cuda"] = None  # an import of either now fails
 import breakgraph
-optional = {"fastapi", "pydantic", "starlette", "uvicorn", "lm_eval"}  # extras serve and eval
+# The extras serve and eval.
+optional = {"fastapi", "lm_eval", "prometheus_client", "pydantic", "starlette", "uvicorn"}
 for module in pkgutil.walk_packages(breakgraph.__path__, "breakgraph."):
     if module.name.endswith("__main__"):
         continue

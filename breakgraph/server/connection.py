@@ -122,7 +122,7 @@ def make_server(
         log_config=None,
         log_level="debug" if log_level == "debug" else "warning",
         access_log=log_level == "debug",
-        timeout_graceful_shutdown=2,
+        timeout_graceful_shutdown=1,
         server_header=False,
     )
     return DrainingServer(config, gate, drain_seconds, on_ready)

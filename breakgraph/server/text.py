@@ -63,14 +63,17 @@ class Text:
     async def encode_pairs(self, query: str, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of the query with each text, joined as the tokenizer joins pairs."""
         tokenizer = self._needed("rerank")
-        pairs = partial(tokenizer, [query] * len(texts), list(texts))
-        return (await self._run(pairs))["input_ids"]
+
+        def encode() -> list[list[int]]:
+            for text in (query, *texts):
+                self._probe(text)
+            return tokenizer([query] * len(texts), list(texts))["input_ids"]
+
+        return await self._run(encode)
 
     async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         tokenizer = self._needed("tokenize")
-        return (await self._run(partial(tokenizer, text, add_special_tokens=add_special_tokens)))[
-            "input_ids"
-        ]
+        return await self._run(partial(self._ids, tokenizer, text, add_special_tokens))
 
     async def chat(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
         """The prompt of a chat: its messages in the template, and the assistant's turn begun."""
@@ -90,20 +93,14 @@ class Text:
                 param="chat_template_kwargs",
             )
 
-        def render() -> list[int]:
-            text = tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, **options
-            )
-            self._probe(text)
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
-
+        options |= {"chat_template": self._template, "tokenize": False}
+        render = partial(tokenizer.apply_chat_template, messages, **options)
         try:
-            return await self._run(render)
-        except ApiError:
-            raise
+            text = await self._run(render)
         except Exception as error:  # a template raises what it likes, Jinja's errors among it
             message = f"the chat template refused these messages: {error}"
             raise ApiError(400, message, param="messages") from error
+        return await self._run(partial(self._ids, tokenizer, text, False))
 
     def decode(self, ids: Sequence[int]) -> str:
         return "" if self.tokenizer is None else self.tokenizer.decode(ids)
@@ -113,6 +110,10 @@ class Text:
             if isinstance(prompt, str):
                 self._probe(prompt)
         return self._encoder.encode(prompts)
+
+    def _ids(self, tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
+        self._probe(text)
+        return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def _probe(self, text: str) -> None:
         """Refuse a text that is sure to be too long, by its beginning."""

@@ -1,4 +1,10 @@
-"""A real server on a real socket, in a thread, with its engine in reach."""
+"""A real server on a real socket, in a thread, with its engine in reach.
+
+Where a package is missing, importing this skips the importing module: so tests take from here what
+they need of such packages.
+"""
+
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -13,15 +19,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+for name in ("fastapi", "uvicorn", "prometheus_client", "httpx2", "openai"):
+    pytest.importorskip(name, reason=f"{name} is not here: pip install 'breakgraph[dev,serve]'")
+
 import httpx2
 import openai
+from prometheus_client.parser import text_string_to_metric_families
 
 from breakgraph.engine.async_engine import AsyncEngine
+from breakgraph.server import connection
 from breakgraph.server.app import create_app
-from breakgraph.server.connection import make_server
+from breakgraph.server.connection import DrainingServer, make_server
 from breakgraph.server.gate import Gate
+from breakgraph.server.metrics import ServerMetrics
 from breakgraph.server.serve import bound_socket
 from breakgraph.server_args import ServerArgs
+
+__all__ = ["ServerMetrics", "connection", "httpx2", "openai", "text_string_to_metric_families"]
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = ROOT / "examples" / "arithmetic" / "qwen3"
@@ -51,6 +67,8 @@ class Running:
 
     engine: AsyncEngine
     gate: Gate
+    server: DrainingServer
+    thread: threading.Thread
     address: tuple[str, int]
 
     @property
@@ -100,13 +118,16 @@ def running(**flags: Any) -> Iterator[Running]:
     engine.start()
     gate = create_app(engine)
     sock = bound_socket(args.host, args.port)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 15)  # so that a slow reader is felt
     ready = threading.Event()
-    server = make_server(gate, drain_seconds=5, log_level="warning", on_ready=ready.set)
+    server = make_server(
+        gate, drain_seconds=args.drain_seconds, log_level="warning", on_ready=ready.set
+    )
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])))
     thread.start()
     try:
         assert ready.wait(10)
-        yield Running(engine, gate, sock.getsockname()[:2])
+        yield Running(engine, gate, server, thread, sock.getsockname()[:2])
     finally:
         server.should_exit = True
         thread.join(10)

@@ -6,12 +6,9 @@ import socket
 import time
 from collections.abc import Iterator
 
-import openai
 import pytest
 
-from breakgraph.server import connection
-
-from .support import Running, post, running, wait_for
+from .support import Running, connection, openai, post, running, wait_for
 
 ASK = {"prompt": "Tom has", "max_tokens": 4}
 

@@ -1,8 +1,6 @@
 """Metrics parse, count what happened, and keep their names."""
 
-from prometheus_client.parser import text_string_to_metric_families
-
-from .support import Running
+from .support import Running, ServerMetrics, text_string_to_metric_families
 
 # The public surface: metric and labels. Change it on purpose only.
 SURFACE = {
@@ -71,6 +69,15 @@ def test_metrics_count_what_happened(server: Running):
     assert grown("breakgraph_http_requests_total", route="unknown", status="404") == 1
     assert total(after, "breakgraph_graph_memory_bytes") > 0
     assert total(after, "breakgraph_running_requests") == 0
+
+
+def test_latencies_are_of_the_first_token_and_of_each_other(server: Running):
+    metrics = ServerMetrics(server.engine)
+    metrics.tokens(2, 1.0, first=True)
+    metrics.tokens(4, 1.0, first=False)  # four that a slow reader gets at once
+    read = metrics.registry.get_sample_value
+    assert read("breakgraph_time_to_first_token_seconds_sum") == 1.0
+    assert read("breakgraph_time_per_output_token_seconds_sum") == 0.25
 
 
 def test_names_and_labels_are_frozen(server: Running):

@@ -3,12 +3,11 @@
 import json
 import math
 
-import openai
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .support import MODEL, Running, questions
+from .support import MODEL, Running, openai, questions
 
 PROMPT = questions(1)[0]
 GREEDY = {"model": "sums", "temperature": 0, "max_tokens": 128}

@@ -1,35 +1,19 @@
 """The page in a real browser: it streams an answer and draws the prefill that made it."""
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
+from .browser import CHROMIUM, Page
 from .support import Running, questions, running
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    "--virtual-time-budget=15000",
-]
 browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 
-def rendered(server: Running, folder: Path, prompt: str) -> str:
-    """The page's elements after it has run ``prompt``."""
-    url = f"{server.url}/#prompt={quote(prompt)}"
-    done = subprocess.run(
-        [CHROMIUM, *FLAGS, f"--user-data-dir={folder}", "--dump-dom", url],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def count(page: Page, kind: str) -> int:
+    return page.evaluate(f"document.querySelectorAll('#picture rect.{kind}').length")
 
 
 @browser
@@ -38,24 +22,49 @@ def test_the_page_streams_an_answer_and_draws_its_prefill(server: Running, tmp_p
     with server.http() as http:
         ask = {"prompt": prompt, "max_tokens": 128, "temperature": 0}
         text = http.post("/v1/completions", json=ask).json()["choices"][0]["text"]
-    page = rendered(server, tmp_path, prompt)
-    assert 'data-done="yes"' in page
-    assert text.strip() in page
-    assert "ms to first token" in page
-    assert re.search(r'id="sentence">\d+ tokens? replay in bucket (16|32|64|128)', page)
-    picture = page[page.index("<svg") : page.index("</svg>")]
-    assert len(re.findall(r'<rect class="segment"', picture)) == 7 + 1 + 1  # rows, the bucket
-    assert len(re.findall(r'<rect class="break"', picture)) == 6
-    assert "padding" in picture
+    with Page(server.url, tmp_path) as page:
+        page.wait_for("document.getElementById('state').className === 'up'")
+        assert page.text("model") == "sums"
+        page.fill("prompt", prompt)
+        page.click("go")
+        page.wait_for("document.body.dataset.done === 'yes'")
+        assert page.text("answer") == text.lstrip()
+        figures = page.text("figures")
+        assert "ms to first token" in figures and "tokens/s" in figures
+        assert page.text("go") == "Run"
+        # All but one token was cached by the request above.
+        sentence = page.text("sentence")
+        assert "in bucket 16 (15 rows of padding)" in sentence
+        assert count(page, "segment") == 7 + 1 + 1  # and the rows, and the bucket in the ladder
+        assert count(page, "break") == 6
+        assert "padding" in page.text("picture")
+        # Stopping aborts the request.
+        page.fill("tokens", 2000)
+        page.fill("prompt", "Tom")
+        page.click("go")
+        page.wait_for("document.getElementById('go').textContent === 'Stop'")
+        page.click("go")
+        page.wait_for("document.getElementById('go').textContent === 'Run'")
+        # A refusal is shown.
+        page.fill("tokens", 99999)
+        page.click("go")
+        page.wait_for("document.getElementById('answer').className === 'bad'")
+        assert "max_tokens" in page.text("answer")
 
 
 @browser
 def test_the_page_says_why_a_prefill_was_eager(tmp_path: Path):
-    with running(enable_breakable_cuda_graph=False) as server:
-        page = rendered(server, tmp_path, questions(1)[0])
-    assert "graphs are off: pass --enable-breakable-cuda-graph" in page
-    assert re.search("eager: 6 layers", page)
-    assert '<rect class="segment"' not in page and '<rect class="break"' not in page
+    prompt = quote(questions(1)[0])
+    with (
+        running(enable_breakable_cuda_graph=False) as server,
+        Page(f"{server.url}/#prompt={prompt}", tmp_path) as page,
+    ):
+        page.wait_for("document.body.dataset.done === 'yes'")
+        sentence = page.text("sentence")
+        picture = page.text("picture")
+        assert "graphs are off: pass --enable-breakable-cuda-graph" in sentence
+        assert "eager: 6 layers" in picture
+        assert count(page, "segment") == count(page, "break") == 0
 
 
 def test_the_page_reaches_no_other_host(server: Running):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from models_support import make_reference, save_checkpoint
+from transformers import AutoTokenizer
 
-from .support import Running, questions, running
+from .support import MODEL, Running, questions, running
 
 TEXTS = [question.replace("Question: ", "")[:60] for question in questions(4)]
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12]]
@@ -18,12 +19,6 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12]]
 def embedder() -> Iterator[Running]:
     with running(is_embedding=True) as server:
         yield server
-
-
-def classifier(folder: Path, labels: int):
-    names = {index: f"label {index}" for index in range(labels)}
-    model = make_reference("Qwen3ForSequenceClassification", num_labels=labels, id2label=names)
-    return save_checkpoint(model, folder), model
 
 
 def test_embeddings_by_the_official_client(embedder: Running):
@@ -53,19 +48,34 @@ def test_documents_are_ranked_by_their_vectors(embedder: Running):
     assert refused.status_code == 400 and "--is-embedding" in refused.text
 
 
-def test_classes_are_those_of_transformers(tmp_path: Path):
-    folder, model = classifier(tmp_path, labels=3)
-    flags = {"skip_tokenizer_init": True, "piecewise_cuda_graph_tokens": (16,)}
-    with running(model_path=str(folder), **flags) as server, server.http() as http:
-        answer = http.post("/classify", json={"input": PROMPTS}).json()
-        text = http.post("/classify", json={"input": "a"})
-        assert http.get("/health_generate").status_code == 200
-    assert text.status_code == 400 and "--skip-tokenizer-init" in text.text
-    for ids, found in zip(PROMPTS, answer["data"], strict=True):
+def test_classes_and_ranks_are_those_of_transformers(tmp_path: Path):
+    model = make_reference(
+        "Qwen3ForSequenceClassification", vocab_size=1024, id2label={0: "no", 1: "yes"}
+    )
+    folder = save_checkpoint(model, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
+
+    def shares(*texts: str) -> list[float]:
         with torch.no_grad():
-            expected = model(torch.tensor([ids])).logits.softmax(-1)[0].tolist()
+            ids = tokenizer(*texts, return_tensors="pt")["input_ids"]
+            return model(ids).logits.softmax(-1)[0].tolist()
+
+    flags = {"tokenizer_path": str(MODEL), "piecewise_cuda_graph_tokens": (32, 64)}
+    with running(model_path=str(folder), **flags) as server, server.http() as http:
+        classes = http.post("/classify", json={"input": TEXTS}).json()
+        ranks = http.post("/v1/rerank", json={"query": TEXTS[0], "documents": TEXTS}).json()
+        assert http.get("/health_generate").status_code == 200
+        refused = http.post("/v1/completions", json={"prompt": "a"})
+        assert refused.status_code == 400 and "language-model head" in refused.text
+    for text, found in zip(TEXTS, classes["data"], strict=True):
+        expected = shares(text)
         assert found["probs"] == pytest.approx(expected, abs=1e-4)
-        assert found["label"] == f"label {expected.index(max(expected))}"
+        assert found["label"] == ["no", "yes"][expected.index(max(expected))]
+    found = [result["relevance_score"] for result in ranks["results"]]
+    assert found == sorted(found, reverse=True)
+    for result in ranks["results"]:
+        expected = shares(TEXTS[0], TEXTS[result["index"]])[1]
+        assert result["relevance_score"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_token_ids_are_served_without_a_tokenizer():
@@ -85,7 +95,7 @@ def test_token_ids_are_served_without_a_tokenizer():
                 assert refused.status_code == 400 and "tokenizer" in refused.text
 
 
-def test_a_chat_without_a_template_is_a_400(server: Running):
+def test_a_chat_without_a_template_is_a_400():
     with running(enable_breakable_cuda_graph=False) as plain, plain.http() as http:
         body = {"messages": [{"role": "user", "content": "a"}]}
         refused = http.post("/v1/chat/completions", json=body)
