@@ -139,10 +139,11 @@ class Dispatch:
     def describe(self) -> str:
         """One sentence: the decision, its cause, and the flag that would change it."""
         decode = self.mode is ForwardMode.DECODE
-        what = f"{self.num_tokens} {'decoding requests' if decode else 'tokens'}"
+        one = self.num_tokens == 1
+        what = f"{self.num_tokens} {'decoding request' if decode else 'token'}{'' if one else 's'}"
         if self.bucket is not None:
             return (
-                f"{what} replay in bucket {self.bucket} "
+                f"{what} replay{'s' if one else ''} in bucket {self.bucket} "
                 f"({self.bucket - self.num_tokens} rows of padding)"
             )
         flag = "--cuda-graph-backend-decode" if decode else "--enable-breakable-cuda-graph"
@@ -163,7 +164,7 @@ class Dispatch:
             DispatchReason.PADDING: f"bucket {self.refused} would pad them beyond the limit: raise "
             f"--max-prefill-padding, or add a nearer bucket with {_FLAG}",
         }.get(self.reason, self.reason.value)
-        return f"{what} run eagerly: {why}"
+        return f"{what} run{'s' if one else ''} eagerly: {why}"
 
 
 def decide(
