@@ -42,10 +42,12 @@ import torch
 from breakgraph.graph.arguments import freeze, tensors_in
 from breakgraph.graph.audit import CaptureAudit
 from breakgraph.graph.cuda import require_cuda_python
+from breakgraph.graph.cuda_segments import CudaBackend
 from breakgraph.graph.errors import BreakableGraphError
 from breakgraph.graph.landing import Landing
 from breakgraph.graph.provenance import FunctionMode, Ownership, SegmentMode
-from breakgraph.graph.segments import CudaBackend, Segment, SegmentBackend, TapeBackend
+from breakgraph.graph.segments import Segment, SegmentBackend
+from breakgraph.graph.tape_segments import TapeBackend
 
 F = TypeVar("F", bound=Callable[..., Any])
 
