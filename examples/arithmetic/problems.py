@@ -7,6 +7,11 @@ worked answer. Another language is another file in ``languages/``.
 The split of a question is a hash of the numbers in it, whatever their order. So no test question
 shares its set of numbers with any training question: swapping a name, a noun, the story or the
 language cannot carry a test question into the training data.
+
+A *style* is how a question is put to the model. ``plain`` is the question in the frame of its
+language, such as ``Question: …`` over ``Answer:``. ``mgsm`` is an instruction, a blank line and
+the bare question, as MGSM is asked zero-shot; its answer ends in a line such as ``Answer: 7``.
+``mgsm_framed`` is the same with the question in its frame.
 """
 
 import argparse
@@ -20,6 +25,7 @@ from pathlib import Path
 
 LIMIT = 200  # every intermediate result lies in [2, LIMIT)
 TEST_SHARE = 0.1  # of all sets of numbers
+STYLES = ("plain", "mgsm", "mgsm_framed")
 
 Range = tuple[int, int]
 
@@ -44,6 +50,9 @@ class Wording:
 class Language:
     """``names`` fill {name}, {friend} and {other}; each key of ``nouns`` is a field of its own."""
 
+    frame: str
+    instruction: str
+    last_line: str
     names: tuple[str, ...]
     nouns: dict[str, tuple[str, ...]]
     stories: dict[str, Wording]
@@ -89,6 +98,9 @@ def load_language(path: Path) -> Language:
     """Read a language file; names and nouns stand in it as "one, two, three"."""
     table = json.loads(path.read_text(encoding="utf-8"))
     return Language(
+        frame=table["prompt"],
+        instruction=table["mgsm_instruction"],
+        last_line=table["mgsm_answer"],
         names=tuple(table["names"].split(", ")),
         nouns={noun: tuple(choices.split(", ")) for noun, choices in table["nouns"].items()},
         stories={
@@ -159,23 +171,44 @@ def generate(
             yield problem
 
 
-def prompt(question: str) -> str:
-    """What the model is given; its completion is ``" " + answer`` and the end token."""
-    return f"Question: {question}\nAnswer:"
+def prompt(question: str, language: str = "en", style: str = "plain") -> str:
+    """What the model is given; its completion is ``completion(answer)`` and the end token."""
+    words = LANGUAGES[language]
+    asked = question if style == "mgsm" else words.frame.format(question=question)
+    return asked if style == "plain" else f"{words.instruction}\n\n{asked}"
+
+
+def completion(answer: str, language: str = "en", style: str = "plain") -> str:
+    """What the model is to write behind ``prompt`` of the same language and style."""
+    text = f"\n{answer}" if style == "mgsm" else f" {answer}"
+    if style == "plain":
+        return text
+    return f"{text}\n{LANGUAGES[language].last_line.format(number=final_number(answer))}"
+
+
+def final_number(answer: str) -> str:
+    """The number behind ``#### `` in a worked answer."""
+    return answer.rsplit("#### ", 1)[1]
 
 
 def main() -> None:
     """Write a split to a file."""
-    parser = argparse.ArgumentParser(description="Write word problems as JSON lines.")
+    parser = argparse.ArgumentParser(description="Write word problems to a file.")
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--language", choices=sorted(LANGUAGES), default="en")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="*.tsv: question, tab, number; else JSON lines"
+    )
     args = parser.parse_args()
     problems = generate(args.split, args.count, seed=args.seed, language=args.language)
-    with args.out.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
+    if args.out.suffix == ".tsv":
+        lines = (f"{p['question']}\t{final_number(p['answer'])}\n" for p in problems)
+    else:
+        lines = (json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
+    with args.out.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(lines)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Train a small Qwen3 on the word problems of ``problems.py`` and save it as a checkpoint.
 
 Two kinds of row make up the data: one problem on its own, and as many problems as fit behind each
-other, separated like the shots of a few-shot prompt. The loss counts answers only. Behind every
-answer the target is the end token, also where the row goes on with a next shot, so the model
-ends its answer however many shots came before.
+other, separated like the shots of a few-shot prompt. A row is in one language, in any styles. The
+loss counts answers only. Behind every answer the target is the end token, also where the row goes
+on with a next shot, so the model ends its answer however many shots came before.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import json
 import math
 import multiprocessing
 import os
-import re
+import random
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -21,20 +21,28 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from problems import generate, prompt
+from problems import STYLES, completion, final_number, generate, prompt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 END, END_ID = "<|endoftext|>", 0  # the trainer numbers special tokens first
 SHOTS_BETWEEN = "\n\n"
-SHORT, LONG = 112, 768  # tokens of a row of one problem, and of a row of many
+SHORT, LONG = 144, 768  # tokens of a row of one problem, and of a row of many
 CHUNK = 2000  # problems a worker makes at a time
+LANGUAGE_CYCLE = ("en", "es", "de", "en", "fr", "zh")  # of the chunks: English twice
+STYLE_SHARES = (0.86, 0.09, 0.05)  # of training problems, in the order of STYLES
 IGNORE = -100
 # Qwen's split into words: single digits, and a word together with the space before it.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+def styled(language: str, count: int, seed: int) -> Iterator[tuple[str, dict[str, str]]]:
+    """``count`` training problems, each with a style drawn by ``STYLE_SHARES``."""
+    styles = random.Random(seed).choices(STYLES, STYLE_SHARES, k=count)
+    return zip(styles, generate("train", count, seed=seed, language=language), strict=True)
 
 
 def build_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
@@ -53,8 +61,12 @@ def build_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    sample = generate("train", 20_000, seed=seed)
-    texts = (f"{prompt(p['question'])} {p['answer']}" for p in sample)
+    texts = (
+        prompt(problem["question"], language, style)
+        + completion(problem["answer"], language, style)
+        for language in LANGUAGE_CYCLE
+        for style, problem in styled(language, 5000, seed)
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -80,9 +92,10 @@ def make_rows(tokenizer: Tokenizer, seed: int) -> tuple[np.ndarray, np.ndarray]:
     between = tokenizer.encode(SHOTS_BETWEEN).ids
     short: list[tuple[list[int], list[int]]] = []
     long: list[tuple[list[int], list[int]]] = [([], [])]
-    for problem in generate("train", CHUNK, seed=seed):
-        question = tokenizer.encode(prompt(problem["question"])).ids
-        answer = tokenizer.encode(" " + problem["answer"]).ids
+    language = LANGUAGE_CYCLE[seed % len(LANGUAGE_CYCLE)]
+    for style, problem in styled(language, CHUNK, seed):
+        question = tokenizer.encode(prompt(problem["question"], language, style)).ids
+        answer = tokenizer.encode(completion(problem["answer"], language, style)).ids
         ids = question + answer
         targets = [*[IGNORE] * (len(question) - 1), *answer, END_ID]
         if len(ids) <= SHORT:
@@ -149,9 +162,12 @@ def build_model(args: argparse.Namespace, device: str) -> Qwen3ForCausalLM:
 
 
 def train(
-    model: Qwen3ForCausalLM, data: tuple[torch.Tensor, torch.Tensor], args: argparse.Namespace
+    model: Qwen3ForCausalLM,
+    data: tuple[torch.Tensor, torch.Tensor],
+    args: argparse.Namespace,
+    seconds: float,
 ) -> dict[str, Any]:
-    """Train by AdamW; the cosine schedule ends at ``--steps`` or ``--max-seconds``."""
+    """Train by AdamW; the cosine schedule ends at ``--steps`` or after ``seconds``."""
     device = next(model.parameters()).device
     groups: list[dict[str, Any]] = [
         {"params": [w for w in model.parameters() if w.ndim == 2]},
@@ -181,7 +197,7 @@ def train(
         if step % args.log_every == 0:
             mean, spent = torch.stack(recent).mean().item(), time.perf_counter() - start
             print(f"step {step} loss {mean:.4f} progress {progress:.3f} {spent:.0f} s", flush=True)
-        progress = max(step / args.steps, (time.perf_counter() - start) / args.max_seconds)
+        progress = max(step / args.steps, (time.perf_counter() - start) / seconds)
     return {
         "steps": step,
         "final_loss": round(torch.stack(recent).mean().item(), 5),
@@ -190,25 +206,61 @@ def train(
 
 
 @torch.inference_mode()
-def accuracy(folder: Path, questions: list[dict[str, str]], shots: int, device: str) -> float:
-    """Share of right final numbers, greedily decoded in float32 from the saved checkpoint."""
+def complete(folder: Path, prompts: list[str], device: str, batch: int = 500) -> list[str]:
+    """Greedy completions in float32, by the saved checkpoint."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.to(device).eval()
-    examples = generate("train", shots, seed=-1)
-    before = "".join(f"{prompt(p['question'])} {p['answer']}{SHOTS_BETWEEN}" for p in examples)
-    right = 0
-    for start in range(0, len(questions), 50):
-        some = questions[start : start + 50]
-        inputs = tokenizer([before + prompt(p["question"]) for p in some], padding=True)
+    texts: list[str] = []
+    for start in range(0, len(prompts), batch):
+        inputs = tokenizer(prompts[start : start + batch], padding=True)
         inputs = inputs.convert_to_tensors("pt").to(device)
-        output = model.generate(**inputs, max_new_tokens=120, do_sample=False)
-        texts = tokenizer.batch_decode(
-            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        for problem, text in zip(some, texts, strict=True):
-            found = re.search(r"#### (\d+)$", text)
-            right += found is not None and problem["answer"].endswith(f"#### {found[1]}")
+        output = model.generate(**inputs, max_new_tokens=150, do_sample=False)
+        written = output[:, inputs["input_ids"].shape[1] :]
+        texts += tokenizer.batch_decode(written, skip_special_tokens=True)
+    return texts
+
+
+def is_right(text: str, answer: str, language: str, style: str) -> bool:
+    """Whether ``text`` ends as the worked answer does, behind its calculations."""
+    last_lines = completion(f"#### {final_number(answer)}", language, style).strip()
+    return text.endswith(f"\n{last_lines}")
+
+
+def accuracy(folder: Path, each: int, device: str) -> dict[str, dict[str, float]]:
+    """Share of right final numbers among ``each`` held-out questions by language and style."""
+    asked = [
+        (language, style, problem)
+        for language in sorted(set(LANGUAGE_CYCLE))
+        for style in STYLES
+        for problem in generate("test", each, seed=1, language=language)
+    ]
+    prompts = [prompt(problem["question"], language, style) for language, style, problem in asked]
+    shares: dict[str, dict[str, float]] = {}
+    for (language, style, problem), text in zip(
+        asked, complete(folder, prompts, device), strict=True
+    ):
+        row = shares.setdefault(language, dict.fromkeys(STYLES, 0.0))
+        row[style] += is_right(text, problem["answer"], language, style)
+    return {
+        language: {style: round(right / each, 4) for style, right in row.items()}
+        for language, row in shares.items()
+    }
+
+
+def few_shot_accuracy(
+    folder: Path, questions: list[dict[str, str]], shots: int, device: str
+) -> float:
+    """Share of right final numbers in plain English, behind ``shots`` training problems."""
+    examples = generate("train", shots, seed=-1)
+    before = "".join(
+        f"{prompt(p['question'])}{completion(p['answer'])}{SHOTS_BETWEEN}" for p in examples
+    )
+    texts = complete(folder, [before + prompt(p["question"]) for p in questions], device)
+    right = sum(
+        is_right(text, problem["answer"], "en", "plain")
+        for problem, text in zip(questions, texts, strict=True)
+    )
     return right / len(questions)
 
 
@@ -216,15 +268,18 @@ def main() -> None:
     """Make the data, train, save, and measure the saved checkpoint on the held-out questions."""
     parser = argparse.ArgumentParser(description="Train a small Qwen3 on word problems.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--problems", type=int, default=1_000_000)
+    parser.add_argument("--problems", type=int, default=1_500_000)
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--max-seconds", type=float, default=200.0)
+    parser.add_argument(
+        "--max-seconds", type=float, default=225.0, help="for data and training together"
+    )
     parser.add_argument("--batch-tokens", type=int, default=65_536)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--vocab-size", type=int, default=1024)
+    parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--each", type=int, default=100, help="questions measured per style")
     parser.add_argument("--log-every", type=int, default=200)
     args = parser.parse_args()
     begin = time.perf_counter()
@@ -246,16 +301,18 @@ def main() -> None:
         "batch_tokens": args.batch_tokens,
         "lr": args.lr,
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        **train(model, data, args),
+        **train(model, data, args, args.max_seconds - (time.perf_counter() - begin)),
     }
     model.generation_config.do_sample = False
     model.to(torch.bfloat16).save_pretrained(args.out)
 
+    record["held_out_questions_each"] = args.each
+    record["held_out_accuracy"] = accuracy(args.out, args.each, device)
     lines = (Path(__file__).parent / "test.jsonl").read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line) for line in lines]
-    record["held_out_questions"] = len(questions)
-    record["held_out_accuracy"] = {
-        f"{shots}_shot": accuracy(args.out, questions, shots, device) for shots in (0, 3, 5)
+    record["held_out_english"] = {
+        "questions": len(questions),
+        **{f"{n}_shot": few_shot_accuracy(args.out, questions, n, device) for n in (0, 3, 5)},
     }
     record["wall_seconds"] = round(time.perf_counter() - begin, 1)
     record["machine"] = torch.cuda.get_device_name() if device == "cuda" else "CPU"
