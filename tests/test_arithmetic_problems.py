@@ -41,7 +41,19 @@ def _check_answer(question: str, answer: str) -> int:
     return len(lines)
 
 
-@pytest.mark.parametrize("language", sorted(problems.LANGUAGES))
+LANGUAGES = ("de", "en", "es", "fr", "zh")
+
+
+def test_every_language_tells_every_story() -> None:
+    assert sorted(problems.LANGUAGES) == list(LANGUAGES)
+    for language, words in problems.LANGUAGES.items():
+        assert set(words.stories) == set(problems.STORIES), language
+        assert len(set(words.names)) == len(words.names) >= 3
+        for choices in words.nouns.values():
+            assert len(set(choices)) == len(choices) and all(choices), language
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("kind", sorted(problems.STORIES))
 def test_every_story_evaluates_right(kind: str, language: str) -> None:
     rng = random.Random(kind)
@@ -84,12 +96,56 @@ def test_the_held_out_file_is_what_the_generator_writes() -> None:
     assert set(steps) == {1, 2, 3}
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_held_out_tables_are_what_the_generator_writes(
+    language: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = EXAMPLE / f"mgsm_{language}.tsv"
+    again = tmp_path / held_out.name
+    options = ["--count", "100", "--seed", "1", "--language", language, "--out", str(again)]
+    monkeypatch.setattr(sys, "argv", ["problems.py", *options])
+    problems.main()
+    assert held_out.read_bytes() == again.read_bytes()
+    rows = [line.split("\t") for line in held_out.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == len({question for question, _ in rows}) == 100
+    for question, number in rows:
+        assert problems.split_of(question) == "test" and number.isdecimal()
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_style_frames_the_question_and_closes_the_answer(language: str) -> None:
+    problem = next(problems.generate("test", 1, language=language))
+    question, answer = problem["question"], problem["answer"]
+    asked = {style: problems.prompt(question, language, style) for style in problems.STYLES}
+    told = {style: problems.completion(answer, language, style) for style in problems.STYLES}
+    assert question in asked["plain"] and told["plain"] == f" {answer}"
+    assert asked["mgsm"].endswith(f"\n\n{question}")
+    assert asked["mgsm_framed"].endswith(f"\n\n{asked['plain']}")
+    assert told["mgsm"].startswith(f"\n{answer}\n")
+    assert told["mgsm_framed"].startswith(f" {answer}\n")
+    answer_word = asked["plain"].splitlines()[-1].rstrip(":： ")
+    for style in ("mgsm", "mgsm_framed"):
+        last = told[style].splitlines()[-1]
+        assert last.startswith(answer_word)
+        assert last.endswith(f": {problems.final_number(answer)}")
+
+
+def test_english_is_asked_as_in_gsm8k() -> None:
+    assert problems.prompt("Why?") == "Question: Why?\nAnswer:"
+    assert problems.completion("So.\n#### 3") == " So.\n#### 3"
+
+
 def test_the_tokenizer_is_lossless_and_splits_digits() -> None:
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer.from_file(str(EXAMPLE / "qwen3" / "tokenizer.json"))
     texts = ["", " a\t b\n\n\n", "naïve Füße, 数学 42 🙂", "don't  stop\r\n", "\x00\x7f~"]
-    for problem in problems.generate("train", 500, seed=5):
-        texts.append(problems.prompt(problem["question"]) + " " + problem["answer"])
+    for language in LANGUAGES:
+        for style in problems.STYLES:
+            for problem in problems.generate("train", 100, seed=5, language=language):
+                texts.append(
+                    problems.prompt(problem["question"], language, style)
+                    + problems.completion(problem["answer"], language, style)
+                )
     for text in texts:
         ids = tokenizer.encode(text).ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
