@@ -9,15 +9,13 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import logging
-import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from breakgraph import __version__
+from breakgraph.evaluation.questions import Question, is_right, read_questions
 from breakgraph.server_args import FlagParser, ServerArgs
 
 if TYPE_CHECKING:
@@ -25,29 +23,41 @@ if TYPE_CHECKING:
 
 SAMPLES = 3
 SERVING = ("fastapi", "prometheus_client", "pydantic", "uvicorn")
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0, 1 where answers differ, 2 for a mistake."""
-    namespace = _parser().parse_args(argv)
-    try:
+
+    def run(namespace: argparse.Namespace) -> int:
         args = ServerArgs.from_cli_args(namespace)
-        logging.basicConfig(
-            level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
-        )
+        log_to_stderr(args.log_level)
         return int(namespace.command(args, namespace))
+
+    return guarded(run, _parser().parse_args(argv), "breakgraph")
+
+
+def guarded(
+    run: Callable[[argparse.Namespace], int], namespace: argparse.Namespace, prog: str
+) -> int:
+    """Run what was parsed; a mistake becomes one line on stderr and exit code 2."""
+    try:
+        return run(namespace)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if getattr(namespace, "log_level", None) == "debug":
             raise
         text = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             text = f"{error.filename}: {error.strerror}"
-        print(f"breakgraph: error: {' '.join(text.split())}", file=sys.stderr)
+        print(f"{prog}: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("breakgraph: interrupted", file=sys.stderr)
+        print(f"{prog}: interrupted", file=sys.stderr)
         return 130
+
+
+def log_to_stderr(level: str) -> None:
+    """Log lines of this severity and above."""
+    logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,11 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         help='word problems to grade, a line each: {"question": "…", "answer": "… #### N"}',
     )
     run.add_argument(
-        "--num-questions", type=_count, metavar="N", help="answer the first N only (default: all)"
+        "--num-questions", type=count, metavar="N", help="answer the first N only (default: all)"
     )
     run.add_argument(
         "--max-new-tokens",
-        type=_count,
+        type=count,
         default=256,
         metavar="N",
         help="most tokens of an answer (default: 256)",
@@ -92,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Say into which forwards prompts would be packed, and how each would run.",
     )
     explain.add_argument(
-        "--num-tokens", type=_count, nargs="+", required=True, metavar="N", help="prompt lengths"
+        "--num-tokens", type=count, nargs="+", required=True, metavar="N", help="prompt lengths"
     )
     explain.set_defaults(command=_explain)
 
@@ -107,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A flag's value of at least 1."""
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
@@ -164,59 +175,6 @@ def _serve(args: ServerArgs, namespace: argparse.Namespace) -> int:
 
     serve(args)
     return 0
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A word problem and its right answer."""
-
-    question: str
-    answer: float
-
-    @property
-    def prompt(self) -> str:
-        return f"Question: {self.question}\nAnswer:"
-
-
-def read_questions(path: str) -> list[Question]:
-    """The problems of a GSM8K-format file. Raises ValueError, naming the line, or OSError."""
-    questions = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-                answer = final_number(entry["answer"])
-                questions.append(Question(str(entry["question"]), answer))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'{path}, line {number}: not {{"question": …, "answer": "… #### N"}} ({error})'
-                ) from error
-    if not questions:
-        raise ValueError(f"{path} holds no questions")
-    return questions
-
-
-def final_number(text: str) -> float:
-    """The number an answer ends in: behind its first ``####`` if any, else its last one.
-
-    Raises:
-        ValueError: there is none.
-    """
-    _, marked, tail = text.partition("####")
-    numbers = NUMBER.findall(tail if marked else text)
-    if not numbers:
-        raise ValueError("the answer has no number")
-    return float(numbers[0 if marked else -1].replace(",", ""))
-
-
-def is_right(question: Question, text: str | None) -> bool:
-    """Whether the text ends in the question's answer."""
-    try:
-        return final_number(text or "") == question.answer
-    except ValueError:
-        return False
 
 
 def print_accuracy(questions: Sequence[Question], results: Sequence[GenerateResult]) -> None:

@@ -1,6 +1,5 @@
 """``breakgraph`` from a shell: what it prints, and how it ends."""
 
-import json
 import re
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from breakgraph.cli import Question, final_number, is_right, main, read_questions
+from breakgraph.cli import main
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "arithmetic"
 MODEL = ["--model-path", str(EXAMPLE / "qwen3"), "--device", "cpu", "--max-total-tokens", "1024"]
@@ -122,39 +121,3 @@ def test_a_wrong_command_line_is_exit_code_2(argv, message, capsys: pytest.Captu
         main(argv)
     assert end.value.code == 2
     assert message in last_line(capsys.readouterr().err)
-
-
-def test_questions_are_read_or_the_line_is_named(tmp_path: Path):
-    file = tmp_path / "q.jsonl"
-    good = json.dumps({"question": "How many?", "answer": "2 + 1,200 = 1,202\n#### 1,202"})
-    file.write_text(good + "\n\n")
-    (question,) = read_questions(str(file))
-    assert question.answer == 1202
-    assert question.prompt == "Question: How many?\nAnswer:"
-    for bad in ("{", "[]", '{"question": "?"}', '{"question": "?", "answer": "none"}'):
-        file.write_text(good + "\n" + bad)
-        with pytest.raises(ValueError, match=r"q\.jsonl, line 2"):
-            read_questions(str(file))
-    file.write_text("\n")
-    with pytest.raises(ValueError, match="no questions"):
-        read_questions(str(file))
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("2 + 3 = 5.\n#### 5", 5),
-        ("#### 7\n\nQuestion: next? Answer: 9 #### 11", 7),
-        ("it is 3 and then -4.", -4),
-        ("#### $1,234.50", 1234.5),
-        ("#### 18.", 18),
-    ],
-)
-def test_the_answer_is_the_number_behind_the_mark_or_the_last(text: str, number: float):
-    assert final_number(text) == number
-
-
-def test_no_number_is_wrong():
-    question = Question("?", 4)
-    assert is_right(question, "#### 4.0")
-    assert not is_right(question, "none") and not is_right(question, None)
