@@ -182,8 +182,8 @@ def test_the_public_file_is_fetched_once_and_checked(tmp_path: Path, monkeypatch
     origin.unlink()
     assert data.public_file("gsm8k") == path
     path.write_text("spoilt")
-    with pytest.raises(ValueError, match="cannot be fetched.*with --data-path"):
+    with pytest.raises(ValueError, match=r"cannot be fetched.*with --data-path"):
         data.public_file("gsm8k")
     origin.write_text("other")
-    with pytest.raises(ValueError, match="SHA-256 differs.*--data-path"):
+    with pytest.raises(ValueError, match=r"SHA-256 differs.*--data-path"):
         data.public_file("gsm8k")

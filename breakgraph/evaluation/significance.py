@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import comb, sqrt
+from math import sqrt
 
 Z95 = 1.959963984540054
 
@@ -23,5 +23,8 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     right: how likely so uneven a split is where both ways are as good.
     """
     n = only_first + only_second
-    tail = sum(comb(n, i) for i in range(min(only_first, only_second) + 1))
+    ways = tail = 1
+    for i in range(min(only_first, only_second)):
+        ways = ways * (n - i) // (i + 1)
+        tail += ways
     return min(1.0, 2 * tail / 2**n)

@@ -160,7 +160,7 @@ def test_models_are_listed(server: Running):
         ({"prompt": []}, "give a text, a list of texts", "prompt"),
         ({"prompt": [[]]}, "give a text, a list of texts", "prompt"),
         ({"prompt": ""}, "is empty", "prompt"),
-        ({"prompt": [99999]}, "the vocabulary has ids 0 to 1023", "prompt"),
+        ({"prompt": [99999]}, "the vocabulary has ids 0 to 2047", "prompt"),
         ({"prompt": "x " * 3000}, "the model's is 2048", None),
         ({"prompt": "x " * 30000}, "the model's context is 2048 tokens", None),
         ({"temperature": "hot"}, "temperature: Input should be a valid number", "temperature"),

@@ -50,7 +50,7 @@ def test_documents_are_ranked_by_their_vectors(embedder: Running):
 
 def test_classes_and_ranks_are_those_of_transformers(tmp_path: Path):
     model = make_reference(
-        "Qwen3ForSequenceClassification", vocab_size=1024, id2label={0: "no", 1: "yes"}
+        "Qwen3ForSequenceClassification", vocab_size=2048, id2label={0: "no", 1: "yes"}
     )
     folder = save_checkpoint(model, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
