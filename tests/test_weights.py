@@ -57,9 +57,6 @@ def test_fused_rows_hold_the_checkpoint(saved: Path) -> None:
         block = f"{layer}{fused.split('.')[0]}."
         whole = torch.cat([tensors[f"{block}{part}.weight"] for part in parts])
         assert torch.equal(state[f"{layer}{fused}.weight"], whole)
-    norm = state[f"{layer}self_attn.qk_norm.weight"]
-    assert torch.equal(norm[:4], tensors[f"{layer}self_attn.q_norm.weight"].expand(4, -1))
-    assert torch.equal(norm[4:], tensors[f"{layer}self_attn.k_norm.weight"].expand(2, -1))
 
 
 def test_checkpoint_without_prefix(folder: Path, saved: Path) -> None:

@@ -34,19 +34,24 @@ class Attention(nn.Module):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out_cache_loc: torch.Tensor
     ) -> torch.Tensor:
-        """Store k and v, then attend.
+        """Store k and v, then ``attend``.
 
         Args:
             q: ``[rows, num_heads, head_dim]``.
             k: ``[rows, num_kv_heads, head_dim]``.
             v: ``[rows, num_kv_heads, head_dim]``.
             out_cache_loc: int64 ``[rows]``, the slot of each row; 0 for padding.
+        """
+        self.k_cache.index_copy_(0, out_cache_loc, k)
+        self.v_cache.index_copy_(0, out_cache_loc, v)
+        return self.attend(q, k, v)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attend over k and v, stored already, and the cached tokens before them.
 
         Returns:
             ``[rows, num_heads, head_dim]``; padded rows are zero, or attend to slot 0.
         """
-        self.k_cache.index_copy_(0, out_cache_loc, k)
-        self.v_cache.index_copy_(0, out_cache_loc, v)
         backend = get_forward_context().attn_backend
         if backend.capturable:
             out = torch.empty_like(q)

@@ -19,10 +19,9 @@ from breakgraph.layers import (
     GatedMLP,
     Linear,
     PackedLinear,
-    QKNorm,
     RMSNorm,
     RotaryEmbedding,
-    apply_rotary,
+    rotate_and_store,
 )
 from breakgraph.models.base import CausalLM, LayerStack, PrefillModel, SequenceClassifier
 
@@ -58,9 +57,10 @@ class DenseAttention(nn.Module):
             "v_proj": kv_heads * head_dim,
         }
         self.qkv_proj = PackedLinear(hidden, parts, bias=variant.qkv_bias)
-        self.qk_norm = (
-            QKNorm(heads, kv_heads, head_dim, config.rms_norm_eps) if variant.qk_norm else None
-        )
+        self.q_norm = self.k_norm = None
+        if variant.qk_norm:
+            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.attn = Attention(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
         self.o_proj = Linear(heads * head_dim, hidden, bias=variant.output_bias)
 
@@ -72,12 +72,11 @@ class DenseAttention(nn.Module):
         out_cache_loc: torch.Tensor,
     ) -> torch.Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.qk_norm is not None:
-            qk = self.qk_norm(qkv)
-        q, k = apply_rotary(qk, cos_sin).split([self.num_heads, self.num_kv_heads], dim=1)
-        mixed = self.attn(q, k, v, out_cache_loc)
-        return self.o_proj.add_to(residual, mixed.flatten(1))
+        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k = rotate_and_store(
+            self.attn, q, k, v, cos_sin, out_cache_loc, self.q_norm, self.k_norm
+        )
+        return self.o_proj.add_to(residual, self.attn.attend(q, k, v).flatten(1))
 
 
 class DenseLayer(nn.Module):
@@ -178,6 +177,11 @@ def _refuse_unsupported(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"num_attention_heads {config.num_attention_heads} is not a multiple of "
             f"num_key_value_heads {config.num_key_value_heads}"
+        )
+    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            "only rotation of whole heads is supported, but partial_rotary_factor is "
+            f"{config.rope_parameters['partial_rotary_factor']}"
         )
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     if slides and config.sliding_window < config.max_position_embeddings:

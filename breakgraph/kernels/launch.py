@@ -1,0 +1,50 @@
+"""What the Triton kernels share: making them late, block sizes, and the checks of their arguments.
+
+Triton is imported on the first launch on CUDA and never before, so that a machine without a GPU
+needs none. No launch depends on the number of rows other than by its grid, and sizes and strides
+are compile-time constants: what a warm-up of one row count compiled serves the capture of every
+other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def import_triton() -> tuple[Any, Any]:
+    """``triton`` and ``triton.language``. Raises RuntimeError if Triton is not installed."""
+    try:
+        import triton
+        import triton.language
+    except ImportError as error:
+        raise RuntimeError(
+            "the fused kernels on CUDA are Triton's, and triton is not installed: "
+            "pip install triton, or run on the CPU, where plain torch ops take their place"
+        ) from error
+    return triton, triton.language
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below ``size``."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def check_rows(**tensors: torch.Tensor) -> None:
+    """Refuse what a kernel would misread: anything but ``[rows, size]`` with dense rows.
+
+    Raises:
+        ValueError: a tensor is not two-dimensional, its last dimension has gaps, or the tensors'
+            shapes differ.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2 or (tensor.shape[1] > 1 and tensor.stride(1) != 1):
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)} and strides {list(tensor.stride())}; "
+                "[rows, size] with a dense last dimension is needed: call .contiguous() first"
+            )
+    if len(set(shapes.values())) > 1:
+        listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise ValueError(f"the shapes differ and must not: {listed}")

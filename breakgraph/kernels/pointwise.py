@@ -1,0 +1,139 @@
+"""Activations between two matrix products, in one pass over their bytes.
+
+Each is a ``torch.library`` op, so that a capture sees, and audits, what it reads; on a CPU the op
+is its plain-torch reference. Both round where the torch ops round, so that they can take the
+place of those: ``silu`` is rounded before the product with ``up``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from breakgraph.kernels.direct_launch import DirectLaunch
+from breakgraph.kernels.launch import check_rows, import_triton
+
+BLOCK, WARPS = 2048, 8
+"""Elements of a row that a program takes, and its warps: 16 bytes of each input a thread in
+bfloat16. On an H200 the strided halves of 2048 x 12288 take 37.7 µs (4.0 TB/s), of 16 rows 1.5;
+half the warps 38.0 and 1.7, a quarter 38.3 and 2.6."""
+
+tl: Any = None  # triton.language, once the kernels are made
+
+_library = torch.library.Library("breakgraph", "FRAGMENT")
+_library.define("relu_squared_(Tensor(a!) x) -> ()")
+_library.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
+
+
+def relu_squared_(x: torch.Tensor) -> torch.Tensor:
+    """``relu(x)²`` in place, which spares memory: of 2048 x 21504 in bfloat16, 88 MB.
+
+    On an H200 that takes 47 µs there and 1.4 at 16 rows, a new result 46 and 1.6.
+
+    Args:
+        x: ``[rows, size]``, rows strided.
+
+    Returns:
+        ``x``.
+
+    Raises:
+        ValueError: ``x`` has another layout.
+    """
+    check_rows(x=x)
+    torch.ops.breakgraph.relu_squared_(x)
+    return x
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up``, with ``silu(gate)`` rounded to the dtype first.
+
+    Args:
+        gate: ``[rows, size]``, rows strided, as the halves of one wide product are.
+        up: as ``gate``.
+
+    Returns:
+        ``[rows, size]``, contiguous.
+
+    Raises:
+        ValueError: the shapes differ, or a last dimension has gaps.
+    """
+    check_rows(gate=gate, up=up)
+    return torch.ops.breakgraph.silu_mul(gate, up)
+
+
+def relu_squared_reference_(x: torch.Tensor) -> None:
+    """``relu_squared_`` in plain torch ops."""
+    x.relu_().square_()
+
+
+def silu_mul_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``silu_mul`` in plain torch ops."""
+    return F.silu(gate).mul_(up)
+
+
+def _relu_squared_on_cuda(x: torch.Tensor) -> None:
+    rows, size = x.shape
+    if x.numel():
+        grid, constants = (rows, -(-size // BLOCK), 1), (x.stride(0), size, BLOCK)
+        _kernels().relu_squared(grid, (x,), (), constants, warps=WARPS)
+
+
+def _silu_mul_on_cuda(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    rows, size = gate.shape
+    out = torch.empty((rows, size), dtype=gate.dtype, device=gate.device)
+    if out.numel():
+        _kernels().silu_mul(
+            (rows, -(-size // BLOCK), 1),
+            (gate, up, out),
+            (),
+            (gate.stride(0), up.stride(0), size, BLOCK),
+            warps=WARPS,
+        )
+    return out
+
+
+_library.impl("relu_squared_", relu_squared_reference_, "CPU")
+_library.impl("relu_squared_", _relu_squared_on_cuda, "CUDA")
+_library.impl("silu_mul", silu_mul_reference, "CPU")
+_library.impl("silu_mul", _silu_mul_on_cuda, "CUDA")
+
+
+@cache
+def _kernels() -> SimpleNamespace:
+    """The Triton kernels; made on first use, because Triton is there only where CUDA is."""
+    global tl
+    triton, tl = import_triton()
+
+    @triton.jit
+    def relu_squared(  # type: ignore[no-untyped-def]
+        x, X_ROW: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        at = x + tl.program_id(0).to(tl.int64) * X_ROW + col
+        value = tl.load(at, mask=col < SIZE, other=0.0).to(tl.float32)
+        value = tl.where(value < 0, 0.0, value)  # keeps NaN, as relu does
+        tl.store(at, (value * value).to(x.dtype.element_ty), mask=col < SIZE)
+
+    @triton.jit
+    def silu_mul(  # type: ignore[no-untyped-def]
+        gate,
+        up,
+        out,
+        GATE_ROW: tl.constexpr,
+        UP_ROW: tl.constexpr,
+        SIZE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        held = col < SIZE
+        wide = tl.load(gate + row * GATE_ROW + col, mask=held, other=0.0).to(tl.float32)
+        factor = tl.load(up + row * UP_ROW + col, mask=held, other=0.0).to(tl.float32)
+        active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype.element_ty).to(tl.float32)
+        tl.store(out + row * SIZE + col, (active * factor).to(out.dtype.element_ty), mask=held)
+
+    return SimpleNamespace(relu_squared=DirectLaunch(relu_squared), silu_mul=DirectLaunch(silu_mul))
