@@ -3,24 +3,28 @@
 from breakgraph.layers.embedding import Embedding
 from breakgraph.layers.linear import CheckpointSlot, Linear, PackedLinear
 from breakgraph.layers.logits_processor import LogitsOutput, LogitsProcessor
-from breakgraph.layers.mlp import GatedMLP
-from breakgraph.layers.norm import QKNorm, RMSNorm
+from breakgraph.layers.mlp import GatedMLP, PlainMLP
+from breakgraph.layers.moe import NemotronHMoe, QwenSparseMoe
+from breakgraph.layers.norm import GatedRMSNorm, RMSNorm
 from breakgraph.layers.pooler import ClassificationHead, Pooler, PoolingMode
-from breakgraph.layers.rotary import RotaryEmbedding, apply_rotary
+from breakgraph.layers.rotary import RotaryEmbedding, rotate_and_store
 
 __all__ = [
     "CheckpointSlot",
     "ClassificationHead",
     "Embedding",
     "GatedMLP",
+    "GatedRMSNorm",
     "Linear",
     "LogitsOutput",
     "LogitsProcessor",
+    "NemotronHMoe",
     "PackedLinear",
+    "PlainMLP",
     "Pooler",
     "PoolingMode",
-    "QKNorm",
+    "QwenSparseMoe",
     "RMSNorm",
     "RotaryEmbedding",
-    "apply_rotary",
+    "rotate_and_store",
 ]

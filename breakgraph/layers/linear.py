@@ -6,7 +6,9 @@ fills, the layer itself says in ``checkpoint_slots``, so the weight loader knows
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +17,14 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSlot:
-    """Where a checkpoint tensor of ``shape`` is copied; ``target`` may repeat it."""
+    """Where a checkpoint tensor of ``shape`` is copied; ``target`` may repeat it.
+
+    With ``order``, int64 ``[rows]``, row ``i`` of the target is row ``order[i]`` of the tensor.
+    """
 
     target: torch.Tensor
     shape: tuple[int, ...]
+    order: torch.Tensor | None = None
 
 
 def weight_parameter(*shape: int) -> nn.Parameter:
@@ -60,12 +66,20 @@ class Linear(nn.Module):
 class PackedLinear(Linear):
     """Several projections of one input as a single matrix product.
 
-    ``parts`` gives each projection's checkpoint name and its output features, in row order.
+    ``parts`` gives each projection's checkpoint name and its output features, in row order;
+    ``orders`` those whose rows the checkpoint has in another order, see ``CheckpointSlot``.
     """
 
-    def __init__(self, in_features: int, parts: dict[str, int], *, bias: bool = False) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        parts: dict[str, int],
+        *,
+        bias: bool = False,
+        orders: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
         super().__init__(in_features, sum(parts.values()), bias=bias)
-        self._parts = dict(parts)
+        self._parts, self._orders = dict(parts), dict(orders)
 
     def checkpoint_slots(self) -> dict[str, CheckpointSlot]:
         """The rows of each projection, by checkpoint name beside this layer."""
@@ -73,5 +87,6 @@ class PackedLinear(Linear):
         for kind, parameter in self.named_parameters():
             pieces = parameter.detach().split(list(self._parts.values()))
             for part, rows in zip(self._parts, pieces, strict=True):
-                slots[f"{part}.{kind}"] = CheckpointSlot(rows, tuple(rows.shape))
+                order = self._orders.get(part)
+                slots[f"{part}.{kind}"] = CheckpointSlot(rows, tuple(rows.shape), order)
         return slots
