@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from breakgraph.engine.request import Request
 from breakgraph.engine.sampling import sample
 from breakgraph.forward import ForwardBatch
-from breakgraph.memory import RequestTable, SlotAllocator
+from breakgraph.memory import MambaPool, RequestTable, SlotAllocator
 from breakgraph.runner.buckets import Dispatch, DispatchReason
 from breakgraph.runner.model_runner import ForwardResult
 
@@ -65,7 +65,7 @@ class HistoryRunner:
     ) -> None:
         self.chunk_size, self.context_length, self.vocab_size = chunk_size, context, vocab
         self.device = torch.device("cpu")
-        self.graph_runner = None
+        self.mamba_pool: MambaPool | None = None
         self.slots = SlotAllocator(num_tokens, page_size)
         self.requests = RequestTable(max_running_requests, context, self.slots)
         self.stored = np.full(num_tokens + page_size, -1)

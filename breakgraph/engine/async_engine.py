@@ -179,7 +179,6 @@ class AsyncEngine:
         """How the engine is doing; cheap, from any thread."""
         scheduler = self._scheduler
         kv, statistics = scheduler.kv, scheduler.statistics
-        runners = (self.runner.graph_runner, self.runner.decode_graph_runner)
         available = kv.available_pages * kv.page_size
         return EngineSnapshot(
             queued=len(scheduler.waiting) + len(self._new),
@@ -193,7 +192,7 @@ class AsyncEngine:
             decode_dispatch_counts=dict(statistics.decode_reasons),
             bucket_hits=dict(statistics.buckets),
             padding=statistics.padding,
-            graph_memory_bytes=sum(one.memory_bytes for one in runners if one is not None),
+            graph_memory_bytes=sum(one.memory_bytes for one in self.runner.graph_runners),
             free_kv_tokens=available,
             used_kv_tokens=self.runner.slots.num_tokens - available,
             cached_kv_tokens=0 if kv.cache is None else kv.cache.cached_tokens,

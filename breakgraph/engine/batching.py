@@ -13,11 +13,9 @@ import torch
 from breakgraph.engine.request import Request, TokenLogprob, Want
 from breakgraph.engine.sampling import sample
 from breakgraph.forward import ForwardBatch, ForwardMode
-from breakgraph.memory import RequestTable
+from breakgraph.memory import MambaPool, RequestTable
 
 if TYPE_CHECKING:
-    from breakgraph.runner.breakable_cuda_graph_runner import BreakableCudaGraphRunner
-    from breakgraph.runner.buckets import Dispatch
     from breakgraph.runner.model_runner import ForwardResult
 
 NO_TARGET = -1
@@ -29,7 +27,7 @@ class Runner(Protocol):
     chunk_size: int
     device: torch.device
     requests: RequestTable
-    graph_runner: BreakableCudaGraphRunner | None
+    mamba_pool: MambaPool | None
 
     def forward(self, batch: ForwardBatch, *, allow_graph: bool = True) -> ForwardResult: ...
 
@@ -59,7 +57,7 @@ Output: TypeAlias = tuple[int, TokenLogprob | None] | None
 
 def run_forward(
     runner: Runner, pieces: Sequence[Piece], mode: ForwardMode, clock: Clock
-) -> tuple[Dispatch, list[tuple[Request, Output]]]:
+) -> tuple[ForwardResult, list[tuple[Request, Output]]]:
     """Run ``pieces``, keep in their requests what is not a token, and choose the tokens.
 
     Args:
@@ -69,7 +67,7 @@ def run_forward(
         clock: times the forward, without what comes before and after it.
 
     Returns:
-        How it ran, and each request whose last known token it reached, with its output.
+        What it gave, and each request whose last known token it reached, with its output.
     """
     batch = make_batch(pieces, runner.requests, mode)
     allow_graph = all(piece.request.allow_graph for piece in pieces)
@@ -95,7 +93,7 @@ def run_forward(
         else:
             _keep_vectors(requests, values)
             outputs += [(request, None) for request in requests]
-    return result.dispatch, outputs
+    return result, outputs
 
 
 def make_batch(pieces: Sequence[Piece], table: RequestTable, mode: ForwardMode) -> ForwardBatch:

@@ -10,8 +10,7 @@ from breakgraph.engine.batching import Runner
 from breakgraph.engine.request import Request
 from breakgraph.engine.scheduler import Scheduler
 from breakgraph.forward import ForwardBatch
-from breakgraph.memory import RequestTable, SlotAllocator
-from breakgraph.runner.breakable_cuda_graph_runner import BreakableCudaGraphRunner
+from breakgraph.memory import MambaPool, RequestTable, SlotAllocator
 from breakgraph.runner.buckets import Dispatch, DispatchReason
 from breakgraph.runner.model_runner import ForwardResult
 
@@ -25,7 +24,7 @@ class _Recorder:
         self.requests = RequestTable(*table.table.shape, slots)
         self.chunk_size = runner.chunk_size
         self.device = torch.device("cpu")
-        self.graph_runner: BreakableCudaGraphRunner | None = None
+        self.mamba_pool: MambaPool | None = None
         self.batches: list[ForwardBatch] = []
 
     def forward(self, batch: ForwardBatch, *, allow_graph: bool = True) -> ForwardResult:

@@ -33,6 +33,11 @@ ever have: few requests use all that they may, and one that does retracts anothe
 WORTH_WAITING = 32
 """Tokens that two prompts have in common for one to wait a forward for the other's."""
 
+WORTH_CUTTING = 64
+"""Tokens that the next prompt with the same beginning must save for a prompt to be cut where its
+own ways part, so that the state there is kept. The cut costs a forward, which with so few tokens
+takes as long as with one: it reads the same weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class Update:
@@ -62,7 +67,7 @@ class Scheduler:
         headroom: int = HEADROOM,
         statistics: Statistics | None = None,
     ) -> None:
-        self.kv = KVSpace(runner.requests, cache_prefixes)
+        self.kv = KVSpace(runner.requests, cache_prefixes, runner.mamba_pool)
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}
         self.statistics = Statistics() if statistics is None else statistics
@@ -157,25 +162,27 @@ class Scheduler:
         pieces = []
         # Oldest first: whom one retracts for its slot is younger, and has no piece yet.
         for request in chosen:
-            if request.row is not None and self._make_room(request, 1):
+            if request.row is not None and self._make_room([request]):
                 pieces.append(self._piece(request, 1))
         return pieces
 
     def _plan_prefill(self) -> list[Piece]:
         """The prompt in chunks and waiting ones that fit; each has half of what both want.
 
-        A prompt of at most one forward is never cut. One of more than half a forward would wait
-        for the half, so every second forward the waiting go first.
+        A prompt of at most one forward is never cut, but to save a state: then the rest of it is
+        in the next forward. One of more than half a forward would wait for the half, so every
+        second forward the waiting go first.
         """
-        long = next((r for r in self.running.values() if r.is_prefilling), None)
-        if long is not None and not self._make_room(long, min(long.remaining, self._chunk)):
-            long = None
+        begun = self._make_room([r for r in self.running.values() if r.is_prefilling])
+        long = next((r for r in begun if len(r.ids) > self._chunk), None)
+        rests = [self._piece(r, r.remaining) for r in begun if r is not long]
+        budget = self._chunk - sum(piece.count for piece in rests)
         share = 0
         if long is not None:
             self._long_first = not self._long_first
             if not self.waiting or self._long_first:
                 share = min(long.remaining, -(-self._chunk // 2))
-        pieces = self._admit(self._chunk - share, long is not None)
+        pieces = rests + self._admit(budget - share, long is not None)
         if long is not None:
             left = self._chunk - sum(piece.count for piece in pieces)
             if left:
@@ -194,7 +201,7 @@ class Scheduler:
         promised = sum(self._promised(request) for request in self.running.values())
         pieces: list[Piece] = []
         place = 0
-        while budget and place < len(self.waiting) and self.kv.table.available_rows:
+        while budget > 0 and place < len(self.waiting) and self.kv.table.available_rows:
             request = self.waiting[place]
             is_long = len(request.ids) > self._chunk
             if (is_long and chunking) or self._soon_cached(request, pieces):
@@ -212,23 +219,32 @@ class Scheduler:
             piece = self._piece(request, min(remaining, budget))
             pieces.append(piece)
             promised += self._promised(request)
-            budget -= piece.count
+            # A prompt that is cut has the rest of its tokens in the next forward.
+            budget -= piece.count if is_long else remaining
             chunking |= is_long
         return pieces
 
     def _soon_cached(self, request: Request, pieces: Sequence[Piece]) -> bool:
-        """Whether another prompt of this forward begins as ``request``, and worth waiting for."""
-        length = max(WORTH_WAITING, self.kv.page_size)
-        if not pieces or self.kv.cache is None or len(request.reusable) < length:
+        """Whether another prompt of this forward begins as ``request``, and worth waiting for.
+
+        A state is saved where a piece ends, so with states it must end where both are the same.
+        """
+        ids, limit, page = request.ids, len(request.reusable), self.kv.page_size
+        least = max(WORTH_WAITING, page)
+        if not pieces or self.kv.cache is None or limit < least:
             return False
-        begin = request.ids[:length]
-        return any(
-            piece.request.use_cache
-            and piece.completes
-            and piece.start < length
-            and piece.request.ids[:length] == begin
-            for piece in pieces
-        )
+        for piece in pieces:
+            other, end = piece.request, piece.end
+            if not other.use_cache or other.ids[:least] != ids[:least]:
+                continue
+            if self.kv.states is None:
+                soon = piece.completes and piece.start < least
+            else:
+                whole = end <= limit and end % page == 0
+                soon = whole and piece.count >= least and other.ids[:end] == ids[:end]
+            if soon:
+                return True
+        return False
 
     def _begin(self, request: Request, cached: int) -> None:
         request.computed = cached
@@ -247,14 +263,17 @@ class Scheduler:
         tokens = min(len(request.ids) + self._headroom, request.max_cached)
         return self.kv.table.pages_to_extend(row, max(tokens - length, 0))
 
-    def _make_room(self, request: Request, count: int) -> bool:
-        """Retract the youngest until ``request`` can grow; False if that is itself."""
-        while not self.kv.can_extend(held(request), count):
+    def _make_room(self, requests: list[Request]) -> list[Request]:
+        """Retract the youngest until what is left of ``requests`` can be in a forward together."""
+        pages = self.kv.table.pages_to_extend
+        while (
+            sum(pages(held(r), min(r.remaining, self._chunk)) for r in requests)
+            > self.kv.available_pages
+        ):
             youngest = self.running[max(self.running)]
             self._retract(youngest)
-            if youngest is request:
-                return False
-        return True
+            requests = [request for request in requests if request is not youngest]
+        return requests
 
     def _retract(self, request: Request) -> None:
         """Take back all that a running request holds, and queue it by its age."""
@@ -265,21 +284,29 @@ class Scheduler:
         self.statistics.retractions += 1
 
     def _piece(self, request: Request, count: int) -> Piece:
-        slots = self.kv.extend(held(request), count)
-        return Piece(request, request.computed, count, slots)
+        """The next ``count`` tokens, or those up to where a state is missing.
+
+        That is where a prompt parts from another with the same beginning; it is passed once.
+        """
+        row = held(request)
+        cut = self.kv.branch(row) - request.computed
+        if WORTH_CUTTING <= cut < count:
+            count = cut
+        return Piece(request, request.computed, count, self.kv.extend(row, count))
 
     # Running.
 
     def _run(self, pieces: Sequence[Piece], mode: ForwardMode) -> list[Update]:
-        dispatch, outputs = run_forward(self._runner, pieces, mode, self._clock)
-        is_prefill = mode is ForwardMode.PREFILL
+        result, outputs = run_forward(self._runner, pieces, mode, self._clock)
+        is_prefill, stateful = mode is ForwardMode.PREFILL, self.kv.states is not None
         for piece in pieces:
             request = piece.request
             request.computed += piece.count
             if is_prefill and not request.num_new:
-                request.dispatch = dispatch
-            if is_prefill and request.use_cache and not request.remaining:
-                self.kv.share(held(request), request.ids)
+                request.dispatch = result.dispatch
+            # A state is there only now, where the piece ends.
+            if is_prefill and request.use_cache and (piece.completes or stateful):
+                self.kv.share(held(request), request.ids[: request.computed])
         updates = []
         for request, output in outputs:
             if output is None:
@@ -287,10 +314,9 @@ class Scheduler:
             else:
                 updates.append(self._take(request, *output))
         if is_prefill:
-            ms, graphs = self._clock.ms(), self._runner.graph_runner
-            self.statistics.record_prefill(LastPrefill.of(dispatch, ms, graphs))
+            self.statistics.record_prefill(LastPrefill.of(result, self._clock.ms()))
         else:
-            self.statistics.record_decode(dispatch.reason.value)
+            self.statistics.record_decode(result.dispatch.reason.value)
         return updates
 
     def _take(self, request: Request, token: int, logprob: TokenLogprob | None) -> Update:
@@ -312,7 +338,7 @@ class Scheduler:
         if request.row is None:
             self.waiting.remove(request)
         else:
-            self._release(request)
+            self._release(request, failed=reason == "error")
         request.finish_reason = reason
         self.statistics.prompts += 1
         return Update(request)
@@ -321,9 +347,9 @@ class Scheduler:
         request.error = error
         return self._finish(request, "error")
 
-    def _release(self, request: Request) -> None:
+    def _release(self, request: Request, *, failed: bool = False) -> None:
         # ``computed`` counts forwards that came to their end, so it is good after an error too.
         computed = request.ids[: request.computed] if request.use_cache else ()
-        self.kv.release(held(request), computed)
+        self.kv.release(held(request), computed, failed=failed)
         request.row = None
         del self.running[request.number]

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from breakgraph.runner.breakable_cuda_graph_runner import BreakableCudaGraphRunner
-    from breakgraph.runner.buckets import Dispatch
+    from breakgraph.runner.model_runner import ForwardResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,10 +35,10 @@ class LastPrefill:
     ms: float = 0.0
 
     @staticmethod
-    def of(dispatch: Dispatch, ms: float, graphs: BreakableCudaGraphRunner | None) -> LastPrefill:
-        """The forward that ran as ``dispatch`` said, in ``ms``."""
+    def of(result: ForwardResult, ms: float) -> LastPrefill:
+        """The forward that gave ``result`` in ``ms``."""
+        dispatch, graph = result.dispatch, result.graph
         bucket, tokens = dispatch.bucket, dispatch.num_tokens
-        graph = None if graphs is None or bucket is None else graphs.graphs[bucket]
         return LastPrefill(
             tokens=tokens,
             bucket=bucket,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from breakgraph.memory.slot_allocator import SlotAllocator
+from breakgraph.memory.state_cache import StateCache
 
 IntArray = np.ndarray
 
@@ -29,6 +30,8 @@ class RadixNode:
         children: by the bytes of their first page of ids.
         locks: how many use this node or one below it.
         last_used: the tick of its last unlock.
+        state: the slot of the recurrent state after the node's last token; None where none is
+            saved.
     """
 
     tokens: IntArray
@@ -37,6 +40,15 @@ class RadixNode:
     children: dict[bytes, RadixNode] = field(default_factory=dict)
     locks: int = 0
     last_used: int = 0
+    state: int | None = None
+
+    @property
+    def end(self) -> int:
+        """Tokens from the root to the node's end."""
+        length, above = len(self.tokens), self.parent
+        while above is not None:
+            length, above = length + len(above.tokens), above.parent
+        return length
 
 
 class RadixCache:
@@ -45,9 +57,12 @@ class RadixCache:
     Attributes:
         cached_tokens: tokens in the tree.
         evictable_tokens: those of them that nobody has locked.
+        states: recurrent states at nodes, which go when their node's end goes; None where the
+            model keeps none.
     """
 
-    def __init__(self, allocator: SlotAllocator) -> None:
+    def __init__(self, allocator: SlotAllocator, states: StateCache | None = None) -> None:
+        self.states = states
         self._allocator = allocator
         self._page = allocator.page_size
         nothing = np.zeros(0, np.int32)
@@ -119,6 +134,8 @@ class RadixCache:
             used, _, node = heapq.heappop(self._leaves)
             if not self._evictable(node, used):
                 continue
+            if self.states is not None:
+                self.states.drop(node)
             wanted = -(-(num_tokens - freed) // self._page) * self._page
             keep = max(len(node.tokens) - wanted, 0)
             self._allocator.free(node.slots[keep:])

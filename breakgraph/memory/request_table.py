@@ -20,8 +20,9 @@ class RequestTable:
         table: int32 ``[max_running_requests, context_length]``.
         lengths: int32 ``[max_running_requests]``, how much of each row is used.
         borrowed: int32 ``[max_running_requests]``, leading slots that the row does not own.
-        versions: int64 ``[max_running_requests]``, counts the requests that a row has had: a copy
-            of a row is good while its version is the same and the row only grows.
+        versions: int64 ``[max_running_requests]``, rises when a row is taken and when its slots
+            are changed: a copy of a row is good while its version is the same and the row only
+            grows.
     """
 
     def __init__(
@@ -127,10 +128,21 @@ class RequestTable:
         self._check(row)
         return self.table[row, : self.lengths[row]]
 
-    def disown(self, row: int, end: int) -> None:
-        """The first ``end`` slots of the row, whole pages, have another owner now."""
-        self._check(row)
-        self.borrowed[row] = end
+    def disown(self, row: int, slots: np.ndarray, known: int) -> None:
+        """Go on with ``slots``, another's from now on, in place of as many of the row's first.
+
+        Args:
+            row: a held row.
+            slots: int32, whole pages.
+            known: how many of them, whole pages, were another's before: what the row owns in
+                their place is given back.
+        """
+        begin = int(self.borrowed[row])
+        if known > begin:
+            self.allocator.free(self.slots(row)[begin:known])
+            self.versions[row] += 1
+        self.table[row, : len(slots)] = slots
+        self.borrowed[row] = len(slots)
 
     def release(self, row: int, kept: tuple[int, int] = (0, 0)) -> None:
         """Give back the row and the slots that it owns, but those of the tokens in ``kept``.
