@@ -201,11 +201,11 @@ def print_table(engine: Engine, graphs: Statistics) -> None:
     ]
     if graphs.replays:
         rows.append(("padding", f"{100 * graphs.padding:.1f} % of the rows replayed"))
-    if engine.runner.graph_runner is not None:
-        captured = engine.runner.graph_runner.graphs
-        graph = captured[max(captured)]
-        shape = f"{graph.num_segments} segments, {graph.num_breaks} breaks each"
-        rows.append(("graphs", f"{len(captured)} buckets, {shape}"))
+    for runner in (engine.runner.graph_runner, engine.runner.linear_graph_runner):
+        if runner is not None:
+            graph = runner.graphs[runner.buckets[-1]]
+            shape = f"{graph.num_segments} segments, {graph.num_breaks} breaks each"
+            rows.append(("graphs", f"{len(runner.buckets)} buckets, {shape}"))
     eager = total.prefills - total.replays
     for name, ms, count in (
         ("prefill replayed", total.replayed_ms, total.replays),

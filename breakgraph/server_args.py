@@ -70,6 +70,12 @@ class ServerArgs:
     debug_cuda_graph: bool = _flag(
         False, "run each forward as one break of its graph, so that print and breakpoint work"
     )
+    linear_attention_capture: int = _flag(
+        0,
+        "capture Mamba2 and delta-rule calls inside the prefill graphs too, for batches of up to "
+        "this many requests; larger ones take the eager breaks, as all do at 0",
+        minimum=0,
+    )
     piecewise_cuda_graph_tokens: tuple[int, ...] | None = _flag(
         None, "token buckets to capture (default: derived, at most 12.5% padding)"
     )
@@ -87,6 +93,12 @@ class ServerArgs:
     max_total_tokens: int | None = _flag(
         None,
         "tokens that the KV cache holds (default: what --mem-fraction-static leaves)",
+        minimum=1,
+    )
+    max_mamba_cache_size: int | None = _flag(
+        None,
+        "recurrent states kept by a hybrid model, of running requests and of cached prefixes "
+        "(default: twice --max-running-requests, or what fits)",
         minimum=1,
     )
     mem_fraction_static: float = _flag(
@@ -170,6 +182,12 @@ class ServerArgs:
                 f"--pooling {self.pooling} does nothing without --is-embedding; add it"
             )
         self._check_graphs()
+        states, running = self.max_mamba_cache_size, self.max_running_requests
+        if states is not None and states < running:
+            raise ValueError(
+                f"--max-mamba-cache-size {states} is less than --max-running-requests {running}, "
+                "each of which has a state; raise the first or lower the second"
+            )
         chunk, total = self.chunked_prefill_size, self.max_total_tokens
         if chunk is not None and total is not None and chunk > total:
             raise ValueError(
@@ -248,6 +266,15 @@ class ServerArgs:
         flag = "--piecewise-cuda-graph-tokens"
         prefill, decode = self._graph_backends(device)
         sizes = derive_batch_sizes(self.max_running_requests)
+        if self.linear_attention_capture and prefill == "disabled":
+            logger.warning(
+                "--linear-attention-capture does nothing without --enable-breakable-cuda-graph"
+            )
+        if self.max_mamba_cache_size is not None and self.disable_radix_cache:
+            logger.warning(
+                "--max-mamba-cache-size does nothing with --disable-radix-cache: only running "
+                "requests have states"
+            )
         if self.debug_cuda_graph and prefill == decode == "disabled":
             logger.warning("--debug-cuda-graph does nothing without graphs to debug")
         if self.cuda_graph_bs not in (None, sizes) and decode == "disabled":

@@ -28,11 +28,13 @@ SURFACE = [
     ("--disable-cuda-graph", False, None),
     ("--cuda-graph-bs", None, None),
     ("--debug-cuda-graph", False, None),
+    ("--linear-attention-capture", 0, None),
     ("--piecewise-cuda-graph-tokens", None, None),
     ("--max-prefill-padding", 2.0, None),
     ("--prefill-dispatch", "auto", ("auto", "measured", "always")),
     ("--chunked-prefill-size", None, None),
     ("--max-total-tokens", None, None),
+    ("--max-mamba-cache-size", None, None),
     ("--mem-fraction-static", 0.8, None),
     ("--max-running-requests", 64, None),
     ("--max-queued-requests", 1024, None),
@@ -143,6 +145,14 @@ def test_command_line_file_and_keywords_agree(tmp_path_factory, values: dict) ->
             "bucket 64 exceeds the largest forward of 32 tokens",
         ),
         ({"chunked_prefill_size": 64, "max_total_tokens": 32}, "lower the first or raise"),
+        ({"linear_attention_capture": -1}, "--linear-attention-capture must be at least 0, not -1"),
+        ({"linear_attention_capture": None}, "--linear-attention-capture must be a whole number"),
+        ({"max_mamba_cache_size": 0}, "--max-mamba-cache-size must be at least 1, not 0"),
+        (
+            {"max_mamba_cache_size": 63},
+            "--max-mamba-cache-size 63 is less than --max-running-requests 64, each of which has a "
+            "state; raise the first or lower the second",
+        ),
         ({"device": "cpu", "attention_backend": "torch_flash"}, "use torch_native"),
         ({"dtype": "float32", "attention_backend": "torch_flash"}, "use --dtype bfloat16"),
         ({"pooling": "mean"}, "--is-embedding"),
@@ -338,6 +348,13 @@ def test_full_decode_and_the_breakable_environment_contradict_each_other(monkeyp
         args.resolved()
 
 
+def test_as_many_states_as_requests_are_enough() -> None:
+    args = ServerArgs(model_path="m", max_mamba_cache_size=8, max_running_requests=8)
+    assert args.resolved().max_mamba_cache_size == 8
+    args = parse("--max-mamba-cache-size 80 --linear-attention-capture 4")
+    assert (args.max_mamba_cache_size, args.linear_attention_capture) == (80, 4)
+
+
 def test_decode_batch_sizes_are_derived_from_the_most_requests(monkeypatch) -> None:
     for most, ladder in {
         1: (1,),
@@ -354,6 +371,10 @@ def test_decode_batch_sizes_are_derived_from_the_most_requests(monkeypatch) -> N
     ("values", "said"),
     [
         ({"debug_cuda_graph": True}, "--debug-cuda-graph does nothing"),
+        (
+            {"linear_attention_capture": 2},
+            "--linear-attention-capture does nothing without --enable-breakable-cuda-graph",
+        ),
         (
             {"cuda_graph_bs": [3], "cuda_graph_backend_decode": "disabled"},
             "--cuda-graph-bs does nothing",

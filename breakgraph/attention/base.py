@@ -11,6 +11,7 @@ from breakgraph.forward.forward_batch import ForwardBatch, LayerInputs
 
 if TYPE_CHECKING:
     from breakgraph.attention.layer import Attention
+    from breakgraph.attention.linear_attention import LinearAttentionBackend
 
 
 class AttentionBackend(ABC):
@@ -19,9 +20,11 @@ class AttentionBackend(ABC):
     Attributes:
         capturable: the plan lies in device memory at fixed addresses, so that ``forward`` may be
             part of a segment; else it is a break.
+        linear: plans the model's recurrent mixers; None where it has none.
     """
 
     capturable = False
+    linear: LinearAttentionBackend | None = None
 
     @abstractmethod
     def init_forward_metadata(self, batch: ForwardBatch) -> None:

@@ -7,7 +7,7 @@ are the checkpoint's: the stack is ``model``, with ``embed_tokens`` in it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -30,7 +30,13 @@ class LayerStack(nn.Module):
 
 
 class PrefillModel(nn.Module):
-    """A model without a head: an embedding checkpoint, or the base of the models below."""
+    """A model without a head: an embedding checkpoint, or the base of the models below.
+
+    Attributes:
+        checkpoint_renames: patterns in the names of checkpoint tensors, and their replacements.
+    """
+
+    checkpoint_renames: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()

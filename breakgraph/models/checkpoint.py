@@ -25,7 +25,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 STACK_PREFIX = "model."
 
-_HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+_HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$|^mtp\.")
+"""Computed anew, or for the prediction of more than one token, which is not done here."""
 
 
 class ModelLoadError(ValueError):
@@ -80,12 +81,18 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def match_tensors(
-    shards: Sequence[Path], slots: Mapping[str, CheckpointSlot], *, accept_lm_head: bool
+    shards: Sequence[Path],
+    slots: Mapping[str, CheckpointSlot],
+    *,
+    accept_lm_head: bool,
+    renames: Sequence[tuple[str, str]] = (),
 ) -> dict[Path, dict[str, str]]:
     """Compare the tensors of ``shards`` with a model's slots.
 
     A checkpoint of a model without a head names its tensors without the ``model.`` prefix.
-    Rotary frequencies are ignored, and so is ``lm_head.weight`` where ``accept_lm_head``.
+    Rotary frequencies and layers that predict further tokens are ignored, and so is
+    ``lm_head.weight`` where ``accept_lm_head``. ``renames`` are patterns and what the checkpoint's
+    names have in their place here.
 
     Returns:
         For each shard, the slot of each of its tensors.
@@ -100,7 +107,10 @@ def match_tensors(
     for shard in shards:
         names = by_shard[shard] = {}
         for name, shape in _shapes(shard).items():
-            slot = name if name in slots else STACK_PREFIX + name
+            slot = name
+            for pattern, replacement in renames:
+                slot = re.sub(pattern, replacement, slot)
+            slot = slot if slot in slots else STACK_PREFIX + slot
             if slot in slots and slot not in found:
                 found[slot] = names[name] = slot
                 if shape != slots[slot].shape:
@@ -126,7 +136,10 @@ def copy_tensors(
     device = next(iter(slots.values())).target.device
     with _opened(shard, device) as file:
         for name, slot in names.items():
-            slots[slot].target.copy_(file.get_tensor(name))
+            tensor, order = file.get_tensor(name), slots[slot].order
+            if order is not None:
+                tensor = tensor[order.to(device)]
+            slots[slot].target.copy_(tensor)
 
 
 def _shapes(shard: Path) -> dict[str, tuple[int, ...]]:

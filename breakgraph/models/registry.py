@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from breakgraph.models import dense
+from breakgraph.models import dense, nemotron_h, qwen3_next
 from breakgraph.models.base import PrefillModel
 
 _CLASSES: tuple[type[PrefillModel], ...] = (
@@ -17,6 +17,10 @@ _CLASSES: tuple[type[PrefillModel], ...] = (
     dense.Qwen3ForCausalLM,
     dense.Qwen3ForSequenceClassification,
     dense.Qwen3Model,
+    nemotron_h.NemotronHForCausalLM,
+    nemotron_h.NemotronHModel,
+    qwen3_next.Qwen3NextForCausalLM,
+    qwen3_next.Qwen3NextModel,
 )
 
 MODELS: dict[str, type[PrefillModel]] = {cls.__name__: cls for cls in _CLASSES}

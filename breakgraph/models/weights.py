@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from breakgraph.layers import CheckpointSlot, QKNorm, RMSNorm
+from breakgraph.layers import CheckpointSlot, GatedRMSNorm, RMSNorm
 from breakgraph.models.base import CausalLM, PrefillModel
 from breakgraph.models.checkpoint import (
     ModelLoadError,
@@ -63,7 +63,12 @@ def load_model(
         _fill_randomly(model, device, random_seed)
     else:
         no_head = not isinstance(model, CausalLM) or model.lm_head is None
-        places = match_tensors(find_shards(folder), checkpoint_slots(model), accept_lm_head=no_head)
+        places = match_tensors(
+            find_shards(folder),
+            checkpoint_slots(model),
+            accept_lm_head=no_head,
+            renames=model.checkpoint_renames,
+        )
         _allocate(model, dtype, device)
         slots = checkpoint_slots(model)
         for shard, names in places.items():
@@ -116,10 +121,15 @@ def _default_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtyp
 
 
 def _allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Give the parameters memory, uninitialised, and move the buffers, which keep their dtype."""
+    """Give the parameters memory, uninitialised, and move the buffers, which keep their dtype.
+
+    Those that a module names in ``float32_parameters`` are float32 whatever ``dtype`` is.
+    """
     for module in model.modules():
+        kept = getattr(module, "float32_parameters", ())
         for name, parameter in list(module.named_parameters(recurse=False)):
-            memory = torch.empty_like(parameter, dtype=dtype, device=device)
+            as_dtype = torch.float32 if name in kept else dtype
+            memory = torch.empty_like(parameter, dtype=as_dtype, device=device)
             setattr(module, name, nn.Parameter(memory, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
@@ -130,7 +140,7 @@ def _fill_randomly(model: nn.Module, device: torch.device, seed: int) -> None:
     generator = torch.Generator(device).manual_seed(seed)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if isinstance(module, RMSNorm | QKNorm):
+            if isinstance(module, RMSNorm | GatedRMSNorm):
                 parameter.fill_(1)
             else:
                 parameter.normal_(0, 0.02, generator=generator)

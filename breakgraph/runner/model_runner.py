@@ -11,42 +11,41 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from breakgraph.attention import (
-    Attention,
     AttentionBackend,
+    HybridAttentionBackend,
     PagedDecodeBackend,
     SlotMirror,
-    TorchFlashBackend,
-    TorchNativeBackend,
 )
 from breakgraph.forward import ForwardBatch, ForwardMode, forward_context
+from breakgraph.graph import BreakableCUDAGraph
 from breakgraph.kernels.decode_attention import require_decode_kernel
 from breakgraph.layers import ClassificationHead, LogitsProcessor, Pooler
-from breakgraph.memory import KVPool, RequestTable, SlotAllocator
+from breakgraph.memory import RequestTable, SlotAllocator
 from breakgraph.models import CausalLM, SequenceClassifier, load_model
+from breakgraph.runner.backends import decode_backend, linear_backend, prefill_backend
 from breakgraph.runner.breakable_cuda_graph_runner import BreakableCudaGraphRunner
 from breakgraph.runner.buckets import Dispatch, DispatchReason
 from breakgraph.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
-from breakgraph.runner.graph_runner import new_pool
+from breakgraph.runner.graph_runner import GraphRunner, new_pool
 from breakgraph.runner.input_buffers import (
     DecodeInputBuffers,
     FilledBatch,
     PrefillInputBuffers,
 )
 from breakgraph.runner.layer_stack import resolve_layer_stack
+from breakgraph.runner.pools import make_kv_pool, make_mamba_pool
 
 if TYPE_CHECKING:
     from breakgraph.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
-
-CPU_KV_BYTES = 1 << 30
-"""What the KV cache takes on a CPU at most, unless --max-total-tokens says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +57,14 @@ class ForwardResult:
         next_token_logits: float32 ``[batch_size, vocab_size]``, of generation models.
         input_token_logprobs: float32 ``[num_tokens]``, where the batch has targets.
         pooled: float32 ``[batch_size, hidden_size]`` or ``[batch_size, num_labels]``.
+        graph: what was replayed; None of an eager forward.
     """
 
     dispatch: Dispatch
     next_token_logits: torch.Tensor | None = None
     input_token_logprobs: torch.Tensor | None = None
     pooled: torch.Tensor | None = None
+    graph: BreakableCUDAGraph | None = None
 
 
 class ModelRunner:
@@ -91,8 +92,9 @@ class ModelRunner:
         self.dtype = next(self.model.parameters()).dtype
         self.vocab_size: int = config.vocab_size
         self.context_length: int = config.max_position_embeddings
-        self._attention = [m for m in self.model.modules() if isinstance(m, Attention)]
-        self.kv_pool = self._make_kv_pool()
+        place = (self.model, args, self.dtype, self.device)
+        self.mamba_pool = make_mamba_pool(*place)
+        self.kv_pool = make_kv_pool(*place, self.context_length)
         self.slots = SlotAllocator(self.kv_pool.num_tokens, args.page_size)
         self.requests = RequestTable(args.max_running_requests, self.context_length, self.slots)
         self.chunk_size = min(
@@ -100,7 +102,7 @@ class ModelRunner:
             self.kv_pool.num_tokens,
             args.max_running_requests * self.context_length,
         )
-        self.attn_backend = self._make_attention_backend()
+        self.attn_backend = prefill_backend(*place, self.chunk_size, self.mamba_pool)
         shape: dict[str, Any] = {
             "max_requests": args.max_running_requests,
             "hidden_size": config.hidden_size,
@@ -109,7 +111,8 @@ class ModelRunner:
             "embed": self.model.embed,
         }
         self._buffers = PrefillInputBuffers(max_tokens=self.chunk_size, **shape)
-        self.decode_backend = self._make_decode_backend()
+        self.paged_decode = self._make_paged_decode()
+        self.decode_backend = decode_backend(self.paged_decode, self.mamba_pool)
         self._decode_buffers = DecodeInputBuffers(max_tokens=args.max_running_requests, **shape)
         self._stack, self._no_stack = resolve_layer_stack(self.model)
         self._eager = self.model if self._stack is None else self._stack
@@ -120,49 +123,11 @@ class ModelRunner:
         self.decode_dispatch_counts: Counter[DispatchReason] = Counter()
         self.decode_bucket_hits: Counter[int] = Counter()
         self._graph_pool = new_pool(self.device)
-        self.graph_runner = self._make_graph_runner()
+        self.graph_runner = self._make_graph_runner(self.attn_backend)
+        self.linear_graph_runner = self._make_linear_graph_runner()
         self.decode_graph_runner = self._make_decode_graph_runner()
 
-    def _make_kv_pool(self) -> KVPool:
-        first, page = self._attention[0], self.args.page_size
-        shape = (len(self._attention), first.num_kv_heads, first.head_dim)
-        per_token = KVPool.bytes_per_token(*shape, self.dtype)
-        useful = self.args.max_running_requests * (-(-self.context_length // page) * page)
-        tokens = self.args.max_total_tokens
-        if tokens is None:
-            if self.device.type == "cuda":
-                free, total = torch.cuda.mem_get_info(self.device)
-                room = int(total * self.args.mem_fraction_static) - (total - free)
-            else:
-                room = CPU_KV_BYTES
-            tokens = min(room // per_token - page, useful)
-            if tokens < page:
-                raise ValueError(
-                    f"--mem-fraction-static {self.args.mem_fraction_static} leaves no memory for "
-                    "the KV cache after the weights; raise it"
-                )
-        pool = KVPool(shape[0], tokens, shape[1], shape[2], self.dtype, self.device, page)
-        pool.bind(self._attention)
-        return pool
-
-    def _make_attention_backend(self) -> AttentionBackend:
-        name, head_dim = self.args.attention_backend, self._attention[0].head_dim
-        half = self.dtype in (torch.bfloat16, torch.float16)
-        flash = self.device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256
-        if name == "torch_flash" and not flash:
-            raise ValueError(
-                f"--attention-backend torch_flash cannot serve {self.dtype} heads of {head_dim} on "
-                f"{self.device}; use --attention-backend torch_native"
-            )
-        if name == "torch_native" or not flash:
-            return TorchNativeBackend(self.device)
-        return TorchFlashBackend(
-            device=self.device,
-            max_requests=self.args.max_running_requests,
-            max_context_tokens=self.chunk_size,
-        )
-
-    def _make_decode_backend(self) -> PagedDecodeBackend | None:
+    def _make_paged_decode(self) -> PagedDecodeBackend | None:
         """Attention through the request table; None where decodes run by the extend path."""
         disabled = self.args.cuda_graph_backend_decode == "disabled"
         if not isinstance(self.model, CausalLM) or self.args.is_embedding:
@@ -190,21 +155,43 @@ class ModelRunner:
         }
 
     def _static_tensors(self) -> list[torch.Tensor]:
-        return [*self.model.parameters(), *self.model.buffers(), *self.kv_pool.tensors()]
+        states = [] if self.mamba_pool is None else self.mamba_pool.tensors()
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        return [*weights, *self.kv_pool.tensors(), *states]
 
-    def _make_graph_runner(self) -> BreakableCudaGraphRunner | None:
+    def _make_linear_graph_runner(self) -> BreakableCudaGraphRunner | None:
+        """Graphs that hold the recurrent mixers too, for a few requests at a time."""
+        requests, pool = self.args.linear_attention_capture, self.mamba_pool
+        if not requests or self.graph_runner is None:
+            return None
+        if pool is None or not isinstance(self.attn_backend, HybridAttentionBackend):
+            logger.warning("--linear-attention-capture does nothing: the model has no such layer")
+            return None
+        linear = linear_backend(
+            self.model, pool, self.device, requests, self.chunk_size, static=True
+        )
+        backend = HybridAttentionBackend(self.attn_backend.full, linear)
+        return self._make_graph_runner(backend, linear.tensors(), requests * self.context_length)
+
+    def _make_graph_runner(
+        self,
+        backend: AttentionBackend,
+        plan: Sequence[torch.Tensor] = (),
+        max_tokens: int | None = None,
+    ) -> BreakableCudaGraphRunner | None:
         if self.args.cuda_graph_backend_prefill == "disabled":
             return None
         if self._stack is None:
             logger.warning("%s", self._no_stack)
             return None
         given = self.args.piecewise_cuda_graph_tokens or ()
+        most = min(self.chunk_size, max_tokens or self.chunk_size)
         runner = BreakableCudaGraphRunner(
             self._stack,
-            self._static_tensors(),
+            [*self._static_tensors(), *plan],
             buffers=self._buffers,
-            attn_backend=self.attn_backend,
-            buckets=sorted({min(bucket, self.chunk_size) for bucket in given}),
+            attn_backend=backend,
+            buckets=sorted({min(bucket, most) for bucket in given}),
             max_padding=self.args.max_prefill_padding,
             **self._graph_options(),
         )
@@ -216,20 +203,27 @@ class ModelRunner:
         return runner
 
     def _make_decode_graph_runner(self) -> DecodeCudaGraphRunner | None:
-        backend = self.args.cuda_graph_backend_decode
-        if backend == "disabled" or self.decode_backend is None or self._stack is None:
+        backend, paged = self.args.cuda_graph_backend_decode, self.paged_decode
+        attention = self.decode_backend
+        if backend == "disabled" or paged is None or attention is None or self._stack is None:
             return None
         runner = DecodeCudaGraphRunner(
             self._stack,
-            [*self._static_tensors(), self.decode_backend.mirror.slots],
+            [*self._static_tensors(), paged.mirror.slots],
             buffers=self._decode_buffers,
-            attn_backend=self.decode_backend,
+            attn_backend=attention,
             buckets=self.args.cuda_graph_bs or (),
             breaks=backend == "breakable",
             **self._graph_options(),
         )
         runner.capture()
         return runner
+
+    @property
+    def graph_runners(self) -> list[GraphRunner]:
+        """All that captured graphs."""
+        known = (self.graph_runner, self.linear_graph_runner, self.decode_graph_runner)
+        return [runner for runner in known if runner is not None]
 
     def dispatch(self, batch: ForwardBatch) -> Dispatch:
         """How ``batch`` would run."""
@@ -245,8 +239,10 @@ class ModelRunner:
     def _runner_of(
         self, batch: ForwardBatch
     ) -> BreakableCudaGraphRunner | DecodeCudaGraphRunner | None:
-        decode = batch.mode is ForwardMode.DECODE
-        return self.decode_graph_runner if decode else self.graph_runner
+        if batch.mode is ForwardMode.DECODE:
+            return self.decode_graph_runner
+        few = batch.batch_size <= self.args.linear_attention_capture
+        return self.linear_graph_runner or self.graph_runner if few else self.graph_runner
 
     @torch.no_grad()
     def forward(self, batch: ForwardBatch, *, allow_graph: bool = True) -> ForwardResult:
@@ -268,11 +264,12 @@ class ModelRunner:
             dispatch = Dispatch(None, reason, batch.num_tokens, mode=batch.mode)
         decode = batch.mode is ForwardMode.DECODE
         (self.decode_dispatch_counts if decode else self.dispatch_counts)[dispatch.reason] += 1
-        graphs = self._runner_of(batch)
+        graphs, graph = self._runner_of(batch), None
         if graphs is not None and dispatch.bucket is not None:
             (self.decode_bucket_hits if decode else self.bucket_hits)[dispatch.bucket] += 1
             filled = graphs.replay_prepare(batch, dispatch.bucket)
             hidden = graphs.replay(batch, dispatch.bucket)
+            graph = graphs.graphs[dispatch.bucket]
         else:
             buffers, backend = self._buffers, self.attn_backend
             if decode and batch.rows is not None and self.decode_backend is not None:
@@ -282,9 +279,14 @@ class ModelRunner:
             with forward_context(batch, backend):
                 backend.begin_layers(filled.inputs)
                 hidden = self._eager(filled.inputs)
-        return self._tail(dispatch, hidden, filled)
+        return replace(self._tail(dispatch, hidden, filled), graph=graph)
 
     def _check(self, batch: ForwardBatch) -> None:
+        if self.mamba_pool is not None and batch.has_prefix and batch.rows is None:
+            raise ValueError(
+                "a batch that goes on from cached tokens needs the rows of its requests, in which "
+                "this model keeps their recurrent states"
+            )
         longest = int((batch.extend_lens + batch.prefix_lens).max())
         if longest > self.context_length:
             raise ValueError(

@@ -74,10 +74,11 @@ def summary_line(engine: AsyncEngine) -> str:
     graphs = runner.graph_runner
     prefill = "prefill without graphs"
     if graphs is not None:
-        ladder = graphs.buckets
+        ladder, linear = graphs.buckets, runner.linear_graph_runner
+        memory = graphs.memory_bytes + (0 if linear is None else linear.memory_bytes)
         prefill = (
             f"{len(ladder)} prefill graphs of {ladder[0]} to {ladder[-1]} tokens in "
-            f"{graphs.memory_bytes / 1e6:.0f} MB"
+            f"{memory / 1e6:.0f} MB"
         )
     return (
         f"breakgraph {__version__}: {type(runner.model).__name__} in {runner.dtype} on "

@@ -1,0 +1,160 @@
+"""Gated delta rule: projections and gated norm are captured, convolution and rule are the break.
+
+One product gives the convolution's channels, the output gate and the two gates of the rule side
+by side; the kernels read their parts of it in place.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from breakgraph.attention.linear_attention import ExtendPlan, RadixLinearAttention, StepPlan
+from breakgraph.kernels.causal_conv import causal_conv, causal_conv_step
+from breakgraph.kernels.gated_delta import gated_delta_rule, gated_delta_step
+from breakgraph.kernels.gated_delta_fla import require_gated_delta_kernels
+from breakgraph.layers.linear import CheckpointSlot, Linear, PackedLinear, weight_parameter
+from breakgraph.layers.norm import GatedRMSNorm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+class GatedDeltaRule(RadixLinearAttention):
+    """Causal convolution, then the delta rule with decay (Yang, Kautz & Hatamizadeh, 2024).
+
+    Args:
+        key_heads: of ``key_dim`` elements, as many query heads.
+        value_heads: of ``value_dim`` elements, a multiple of ``key_heads``.
+        kernel_size: of the convolution, over queries, keys and values.
+    """
+
+    float32_parameters = ("A_log", "dt_bias")
+
+    def __init__(
+        self, *, key_heads: int, key_dim: int, value_heads: int, value_dim: int, kernel_size: int
+    ) -> None:
+        keys, values = key_heads * key_dim, value_heads * value_dim
+        channels = 2 * keys + values
+        super().__init__((kernel_size - 1, channels), (value_heads, key_dim, value_dim), values)
+        self._split = (keys, keys, values)
+        self._key_dim, self._value_dim = key_dim, value_dim
+        self.conv_weight = weight_parameter(channels, kernel_size)
+        self.A_log = weight_parameter(value_heads)
+        self.dt_bias = weight_parameter(value_heads)
+
+    def checkpoint_slots(self) -> dict[str, CheckpointSlot]:
+        """By checkpoint name beside this module; a convolution's weight has a dimension more."""
+        weight = self.conv_weight.detach().unsqueeze(1)
+        return {
+            "A_log": CheckpointSlot(self.A_log.detach(), tuple(self.A_log.shape)),
+            "dt_bias": CheckpointSlot(self.dt_bias.detach(), tuple(self.dt_bias.shape)),
+            "conv1d.weight": CheckpointSlot(weight, tuple(weight.shape)),
+        }
+
+    def require_kernels(self) -> None:
+        require_gated_delta_kernels()
+
+    def lay_out(self, *projected_and_out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *projected, out = projected_and_out
+        mixed = torch.empty_like(projected[0])
+        heads = self._heads(mixed)
+        return (*projected, mixed, *heads, out.unflatten(1, (-1, self._value_dim)))
+
+    def extend(self, plan: ExtendPlan, *tensors: torch.Tensor) -> None:
+        channels, b, a, mixed, q, k, v, out = tensors
+        causal_conv(
+            channels,
+            self.conv_weight,
+            None,
+            self.conv_state,
+            plan.cu_seqlens,
+            plan.initial_slots,
+            plan.final_slots,
+            plan.chunks,
+            self.chunk_size,
+            mixed,
+        )
+        gated_delta_rule(
+            q,
+            k,
+            v,
+            a,
+            b,
+            self.A_log,
+            self.dt_bias,
+            self.state,
+            plan.cu_seqlens,
+            plan.initial_slots,
+            plan.final_slots,
+            plan.chunks,
+            plan.chunk_offsets,
+            self.chunk_size,
+            out,
+        )
+
+    def step(self, plan: StepPlan, *tensors: torch.Tensor) -> None:
+        channels, b, a, mixed, q, k, v, out = tensors
+        causal_conv_step(channels, self.conv_weight, None, self.conv_state, plan.slots, mixed)
+        gated_delta_step(
+            q,
+            k,
+            v,
+            a,
+            b,
+            self.A_log,
+            self.dt_bias,
+            self.state,
+            plan.slots,
+            out,
+        )
+
+    def _heads(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``q`` and ``k: [rows, Hk, K]``, ``v: [rows, Hv, V]``, views of the convolved channels."""
+        q, k, v = mixed.split(self._split, dim=1)
+        key = (-1, self._key_dim)
+        return q.unflatten(1, key), k.unflatten(1, key), v.unflatten(1, (-1, self._value_dim))
+
+
+class GatedDeltaNet(nn.Module):
+    """Input projection, recurrence, gated head norm and output projection."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        key_heads, value_heads = config.linear_num_key_heads, config.linear_num_value_heads
+        key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        keys, values, hidden = key_heads * key_dim, value_heads * value_dim, config.hidden_size
+        grouped = values // key_heads
+        # A checkpoint has the rows of a key head and all that belongs to it together.
+        self.in_proj = PackedLinear(
+            hidden,
+            {"in_proj_qkvz": 2 * keys + 2 * values, "in_proj_ba": 2 * value_heads},
+            orders={
+                "in_proj_qkvz": _ungrouped(key_heads, [key_dim, key_dim, grouped, grouped]),
+                "in_proj_ba": _ungrouped(key_heads, [value_heads // key_heads] * 2),
+            },
+        )
+        self._split = (2 * keys + values, values, value_heads, value_heads)
+        self.recurrence = GatedDeltaRule(
+            key_heads=key_heads,
+            key_dim=key_dim,
+            value_heads=value_heads,
+            value_dim=value_dim,
+            kernel_size=config.linear_conv_kernel_dim,
+        )
+        self.norm = GatedRMSNorm(value_dim, value_dim, config.rms_norm_eps, gate_first=False)
+        self.out_proj = Linear(values, hidden)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Add the mixer's output for ``x`` to ``residual`` in place; both ``[rows, hidden]``."""
+        channels, gate, b, a = self.in_proj(x).split(self._split, dim=1)
+        return self.out_proj.add_to(residual, self.norm(self.recurrence(channels, b, a), gate))
+
+
+def _ungrouped(groups: int, sizes: list[int]) -> torch.Tensor:
+    """The order that puts the first part of all groups before the second of all, and so on."""
+    with torch.device("cpu"):  # real numbers, also while the weights are on the meta device
+        rows = torch.arange(groups * sum(sizes)).view(groups, -1)
+        return torch.cat([part.flatten() for part in rows.split(sizes, dim=1)])

@@ -1,0 +1,38 @@
+"""Attention and recurrent mixers of one forward, each planned by its own backend."""
+
+from __future__ import annotations
+
+import torch
+
+from breakgraph.attention.base import AttentionBackend
+from breakgraph.attention.layer import Attention
+from breakgraph.attention.linear_attention import LinearAttentionBackend
+from breakgraph.forward import ForwardBatch, LayerInputs
+
+
+class HybridAttentionBackend(AttentionBackend):
+    """``full`` for the attention layers, ``linear`` for the recurrent ones."""
+
+    linear: LinearAttentionBackend
+
+    def __init__(self, full: AttentionBackend, linear: LinearAttentionBackend) -> None:
+        self.full, self.linear = full, linear
+        self.capturable = full.capturable
+
+    def init_forward_metadata(self, batch: ForwardBatch) -> None:
+        self.full.init_forward_metadata(batch)
+        self.linear.init_forward_metadata(batch)
+
+    def begin_layers(self, inputs: LayerInputs) -> None:
+        self.full.begin_layers(inputs)
+        self.linear.begin_layers(inputs)
+
+    def forward(
+        self,
+        layer: Attention,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        self.full.forward(layer, q, k, v, out)

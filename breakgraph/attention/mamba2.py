@@ -1,0 +1,165 @@
+"""Mamba2: projections and gated norm are captured, convolution and scan are the break.
+
+The input projection gives the gate, the convolution's channels and the time steps side by side;
+the kernels read their parts of it in place.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from breakgraph.attention.linear_attention import ExtendPlan, RadixLinearAttention, StepPlan
+from breakgraph.kernels.causal_conv import causal_conv, causal_conv_step
+from breakgraph.kernels.launch import import_triton
+from breakgraph.kernels.mamba2 import mamba2_scan, mamba2_step
+from breakgraph.layers.linear import CheckpointSlot, Linear, weight_parameter
+from breakgraph.layers.norm import GatedRMSNorm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+class Mamba2Recurrence(RadixLinearAttention):
+    """Causal convolution, then the selective state space of each head (Dao & Gu, 2024).
+
+    Args:
+        num_heads: H, of ``head_dim`` P values.
+        num_groups: G, each of which shares B and C of ``state_size`` N.
+        kernel_size: of the convolution, over ``H * P + 2 * G * N`` channels.
+        conv_bias: whether that has a bias.
+        dt_limits: the least and the greatest time step.
+    """
+
+    float32_parameters = ("A_log", "D", "dt_bias")
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        head_dim: int,
+        num_groups: int,
+        state_size: int,
+        kernel_size: int,
+        conv_bias: bool,
+        dt_limits: tuple[float, float],
+    ) -> None:
+        inner, shared = num_heads * head_dim, num_groups * state_size
+        channels = inner + 2 * shared
+        super().__init__((kernel_size - 1, channels), (num_heads, head_dim, state_size), inner)
+        self._split = (inner, shared, shared)
+        self._head_dim, self._state_size = head_dim, state_size
+        self._dt_limits = dt_limits
+        self.conv_weight = weight_parameter(channels, kernel_size)
+        self.conv_bias = weight_parameter(channels) if conv_bias else None
+        self.A_log = weight_parameter(num_heads)
+        self.D = weight_parameter(num_heads)
+        self.dt_bias = weight_parameter(num_heads)
+
+    def checkpoint_slots(self) -> dict[str, CheckpointSlot]:
+        """By checkpoint name beside this module; a convolution's weight has a dimension more."""
+        named = {"A_log": self.A_log, "D": self.D, "dt_bias": self.dt_bias}
+        if self.conv_bias is not None:
+            named["conv1d.bias"] = self.conv_bias
+        slots = {n: CheckpointSlot(p.detach(), tuple(p.shape)) for n, p in named.items()}
+        weight = self.conv_weight.detach().unsqueeze(1)
+        return slots | {"conv1d.weight": CheckpointSlot(weight, tuple(weight.shape))}
+
+    def require_kernels(self) -> None:
+        import_triton()
+
+    def lay_out(self, *projected_and_out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *projected, out = projected_and_out
+        mixed = torch.empty_like(projected[0])
+        heads = self._heads(mixed)
+        return (*projected, mixed, *heads, out.unflatten(1, (-1, self._head_dim)))
+
+    def extend(self, plan: ExtendPlan, *tensors: torch.Tensor) -> None:
+        channels, dt, mixed, x, b, c, out = tensors
+        causal_conv(
+            channels,
+            self.conv_weight,
+            self.conv_bias,
+            self.conv_state,
+            plan.cu_seqlens,
+            plan.initial_slots,
+            plan.final_slots,
+            plan.chunks,
+            self.chunk_size,
+            mixed,
+        )
+        mamba2_scan(
+            x,
+            b,
+            c,
+            dt,
+            self.A_log,
+            self.D,
+            self.dt_bias,
+            *self._dt_limits,
+            self.state,
+            plan.cu_seqlens,
+            plan.initial_slots,
+            plan.final_slots,
+            plan.chunks,
+            plan.chunk_offsets,
+            self.chunk_size,
+            out,
+        )
+
+    def step(self, plan: StepPlan, *tensors: torch.Tensor) -> None:
+        channels, dt, mixed, x, b, c, out = tensors
+        causal_conv_step(
+            channels, self.conv_weight, self.conv_bias, self.conv_state, plan.slots, mixed
+        )
+        mamba2_step(
+            x,
+            b,
+            c,
+            dt,
+            self.A_log,
+            self.D,
+            self.dt_bias,
+            *self._dt_limits,
+            self.state,
+            plan.slots,
+            out,
+        )
+
+    def _heads(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``x: [rows, H, P]``, ``B`` and ``C: [rows, G, N]``, views of the convolved channels."""
+        x, b, c = mixed.split(self._split, dim=1)
+        state = (-1, self._state_size)
+        return x.unflatten(1, (-1, self._head_dim)), b.unflatten(1, state), c.unflatten(1, state)
+
+
+class Mamba2Mixer(nn.Module):
+    """Input projection, recurrence, gated grouped norm and output projection."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        heads, groups, state = config.mamba_num_heads, config.n_groups, config.ssm_state_size
+        inner, hidden, bias = heads * config.mamba_head_dim, config.hidden_size, config.use_bias
+        channels = inner + 2 * groups * state
+        self._split = (inner, channels, heads)
+        self.in_proj = Linear(hidden, sum(self._split), bias=bias)
+        self.recurrence = Mamba2Recurrence(
+            num_heads=heads,
+            head_dim=config.mamba_head_dim,
+            num_groups=groups,
+            state_size=state,
+            kernel_size=config.conv_kernel,
+            conv_bias=config.use_conv_bias,
+            # transformers clamps so in a prefill, though not in its decode step; here both do.
+            dt_limits=(config.time_step_min, math.inf),
+        )
+        self.norm = GatedRMSNorm(inner, inner // groups, config.layer_norm_epsilon)
+        self.out_proj = Linear(inner, hidden, bias=bias)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Add the mixer's output for ``x`` to ``residual`` in place; both ``[rows, hidden]``."""
+        gate, channels, dt = self.in_proj(x).split(self._split, dim=1)
+        return self.out_proj.add_to(residual, self.norm(self.recurrence(channels, dt), gate))
