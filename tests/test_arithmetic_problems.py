@@ -1,4 +1,4 @@
-"""The arithmetic example: its problems are right, its splits apart, its tokenizer lossless."""
+"""The arithmetic example: problems right, splits apart, tokenizer lossless, checkpoints able."""
 
 import importlib.util
 import json
@@ -7,15 +7,25 @@ import re
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "arithmetic"
-_SPEC = importlib.util.spec_from_file_location("arithmetic_problems", EXAMPLE / "problems.py")
-assert _SPEC is not None and _SPEC.loader is not None
-problems = importlib.util.module_from_spec(_SPEC)
-sys.modules[_SPEC.name] = problems
-_SPEC.loader.exec_module(problems)
+
+
+def _load(name: str) -> ModuleType:
+    """A module of the example, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"arithmetic_{name}", EXAMPLE / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+problems = _load("problems")
 
 CALCULATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 
@@ -151,3 +161,58 @@ def test_the_tokenizer_is_lossless_and_splits_digits() -> None:
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert tokenizer.encode("1234").tokens == ["1", "2", "3", "4"]
     assert tokenizer.token_to_id("<|endoftext|>") == 0
+
+
+CHECKPOINTS = ("qwen3", "nemotron_h")
+
+
+def test_the_checkpoints_share_a_tokenizer() -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        files = {(EXAMPLE / folder / name).read_bytes() for folder in CHECKPOINTS}
+        assert len(files) == 1, name
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_a_checkpoint_answers_held_out_questions_in_every_language(checkpoint: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = EXAMPLE / checkpoint
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 12e6
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    asked = [
+        (language, next(problems.generate("test", 1, seed=7, language=language)))
+        for language in LANGUAGES
+    ]
+    prompts = [problems.prompt(problem["question"], language) for language, problem in asked]
+    inputs = tokenizer(prompts, padding=True).convert_to_tensors("pt")
+    with torch.inference_mode():
+        output = model.eval().generate(**inputs, max_new_tokens=80, do_sample=False)
+    written = output[:, inputs["input_ids"].shape[1] :]
+    for text, (_, problem) in zip(
+        tokenizer.batch_decode(written, skip_special_tokens=True), asked, strict=True
+    ):
+        assert text.endswith(f"\n#### {problems.final_number(problem['answer'])}"), text
+
+
+@pytest.mark.parametrize("length", [5, 16, 40])
+def test_the_training_scan_is_what_transformers_computes(length: int) -> None:
+    modeling = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
+    mamba2 = _load("mamba2")
+    draw = torch.Generator().manual_seed(length)
+    rows, heads, groups, dim, state = 2, 4, 2, 16, 8
+    x, dt = (torch.randn(rows, length, heads, *last, generator=draw) for last in ((dim,), ()))
+    b, c = (torch.randn(rows, length, groups, state, generator=draw) for _ in range(2))
+    decay, skip = -4 * torch.rand(heads, generator=draw), torch.randn(heads, generator=draw)
+    weights = [x, dt, decay, b, c, skip, torch.randn(heads, generator=draw) - 3]
+    results = []
+    with mamba2.matrix_product_scan():
+        assert modeling.mamba2_chunk_scan is mamba2.chunk_scan
+    for scan in (modeling.mamba2_chunk_scan, mamba2.chunk_scan):
+        for weight in weights:
+            weight.requires_grad_()
+        x, dt, decay, b, c, skip, dt_bias = weights
+        options = {"dt_bias": dt_bias, "dt_softplus": True, "dt_limit": (1e-3, float("inf"))}
+        y = scan(x, dt, decay, b, c, chunk_size=16, D=skip, **options)
+        results.append([y, *torch.autograd.grad(y.square().sum(), weights)])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

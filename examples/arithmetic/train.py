@@ -1,4 +1,4 @@
-"""Train a small Qwen3 on the word problems of ``problems.py`` and save it as a checkpoint.
+"""Train a small model on the word problems of ``problems.py`` and save it as a checkpoint.
 
 Two kinds of row make up the data: one problem on its own, and as many problems as fit behind each
 other, separated like the shots of a few-shot prompt. A row is in one language, in any styles. The
@@ -12,8 +12,10 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from mamba2 import matrix_product_scan
 from problems import STYLES, completion, final_number, generate, prompt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 END, END_ID = "<|endoftext|>", 0  # the trainer numbers special tokens first
 SHOTS_BETWEEN = "\n\n"
@@ -31,6 +41,8 @@ SHORT, LONG = 144, 768  # tokens of a row of one problem, and of a row of many
 CHUNK = 2000  # problems a worker makes at a time
 LANGUAGE_CYCLE = ("en", "es", "de", "en", "fr", "zh")  # of the chunks: English twice
 STYLE_SHARES = (0.86, 0.09, 0.05)  # of training problems, in the order of STYLES
+BLOCKS = "M-M*-M-M*-M-"  # of NemotronH, in the letters of its checkpoints
+BLOCK_TYPES = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
 IGNORE = -100
 # Qwen's split into words: single digits, and a word together with the space before it.
 WORDS = (
@@ -82,6 +94,16 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> Tokenizer:
+    """Take over the tokenizer of the checkpoint in ``source``, file by file."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, folder / name)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if tokenizer.token_to_id(END) != END_ID:
+        raise ValueError(f"{source}: the tokenizer must have {END} as token {END_ID}")
+    return tokenizer
 
 
 def make_rows(tokenizer: Tokenizer, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -140,29 +162,47 @@ def batches(rows: torch.Tensor, size: int, generator: torch.Generator) -> Iterat
             yield rows[order[start : start + size]].long()
 
 
-def build_model(args: argparse.Namespace, device: str) -> Qwen3ForCausalLM:
-    """Qwen3 with random weights, drawn from ``--seed``."""
-    config = Qwen3Config(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=2 * args.hidden_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=END_ID,
-        pad_token_id=END_ID,
-    )
+def build_model(args: argparse.Namespace, device: str) -> Qwen3ForCausalLM | NemotronHForCausalLM:
+    """A model of ``--architecture`` with random weights, drawn from ``--seed``."""
+    common: dict[str, Any] = {
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.hidden_size,
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+        "bos_token_id": None,
+        "eos_token_id": END_ID,
+        "pad_token_id": END_ID,
+    }
     torch.manual_seed(args.seed)
+    if args.architecture == "qwen3":
+        qwen3 = Qwen3Config(
+            intermediate_size=2 * args.hidden_size,
+            num_hidden_layers=args.layers,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            tie_word_embeddings=True,
+            **common,
+        )
+        with torch.device(device):
+            return Qwen3ForCausalLM(qwen3)
+    nemotron_h = NemotronHConfig(
+        layers_block_type=[BLOCK_TYPES[letter] for letter in args.blocks],
+        intermediate_size=5 * args.hidden_size // 2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mamba_num_heads=args.hidden_size // 32,
+        mamba_head_dim=64,
+        ssm_state_size=64,
+        n_groups=2,
+        chunk_size=64,
+        **common,
+    )
     with torch.device(device):
-        return Qwen3ForCausalLM(config)
+        return NemotronHForCausalLM(nemotron_h)
 
 
 def train(
-    model: Qwen3ForCausalLM,
+    model: Qwen3ForCausalLM | NemotronHForCausalLM,
     data: tuple[torch.Tensor, torch.Tensor],
     args: argparse.Namespace,
     seconds: float,
@@ -171,7 +211,7 @@ def train(
     device = next(model.parameters()).device
     groups: list[dict[str, Any]] = [
         {"params": [w for w in model.parameters() if w.ndim == 2]},
-        {"params": [w for w in model.parameters() if w.ndim < 2], "weight_decay": 0.0},
+        {"params": [w for w in model.parameters() if w.ndim != 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(args.seed)
@@ -266,8 +306,12 @@ def few_shot_accuracy(
 
 def main() -> None:
     """Make the data, train, save, and measure the saved checkpoint on the held-out questions."""
-    parser = argparse.ArgumentParser(description="Train a small Qwen3 on word problems.")
+    parser = argparse.ArgumentParser(description="Train a small model on word problems.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--architecture", choices=("qwen3", "nemotron_h"), default="qwen3")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder of a checkpoint, to take its tokenizer"
+    )
     parser.add_argument("--problems", type=int, default=1_500_000)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument(
@@ -276,7 +320,8 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=65_536)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=6, help="of qwen3")
+    parser.add_argument("--blocks", default=BLOCKS, help="of nemotron_h")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--each", type=int, default=100, help="questions measured per style")
@@ -285,8 +330,12 @@ def main() -> None:
     begin = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(args.vocab_size, args.seed)
-    save_tokenizer(tokenizer, args.out)
+    if args.tokenizer:
+        tokenizer = copy_tokenizer(args.tokenizer, args.out)
+        args.vocab_size = tokenizer.get_vocab_size()
+    else:
+        tokenizer = build_tokenizer(args.vocab_size, args.seed)
+        save_tokenizer(tokenizer, args.out)
     data = make_data(tokenizer, args.problems, args.seed)
     print(
         f"{tokenizer.get_vocab_size()} tokens; {[tuple(rows.shape) for rows in data]} rows,"
@@ -295,13 +344,16 @@ def main() -> None:
     )
 
     model: Any = build_model(args, device)
+    with matrix_product_scan() if args.architecture == "nemotron_h" else nullcontext():
+        trained = train(model, data, args, args.max_seconds - (time.perf_counter() - begin))
     record: dict[str, Any] = {
+        "architecture": args.architecture,
         "seed": args.seed,
         "problems": args.problems,
         "batch_tokens": args.batch_tokens,
         "lr": args.lr,
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        **train(model, data, args, args.max_seconds - (time.perf_counter() - begin)),
+        **trained,
     }
     model.generation_config.do_sample = False
     model.to(torch.bfloat16).save_pretrained(args.out)
