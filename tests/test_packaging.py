@@ -67,7 +67,7 @@ def test_every_requirement_is_pinned() -> None:
     tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert set(extras) == {"cuda", "serve", "eval", "dev"}
+    assert set(extras) == {"cuda", "linear", "serve", "eval", "dev"}
     needed = {name_of(r) for r in project["dependencies"]}
     needed |= {name_of(r) for extra in ("serve", "eval", "dev") for r in extras[extra]}
     common = {name_of(line) for line in PINS["common"]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from breakgraph.evaluation.protocols import PROTOCOLS, Item, Protocol
 from breakgraph.evaluation.report import Run, grade, write_report
 from breakgraph.server_args import FlagParser, ServerArgs, flag_name
 
+LM_EVAL = "lm-eval"
 NUM_THREADS = 64
 TOP = 20  # alternatives asked for with --compare; OpenAI's chat allows no more
 SERVER_MAX_GAP = MAX_GAP["bfloat16"]  # a server does not say what it computes in
@@ -33,7 +35,37 @@ WITH_SERVER = {"api_key", "served_model_name", "log_level", "command", "num_thre
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == [LM_EVAL]:
+        level = argparse.Namespace(log_level="debug" if "DEBUG" in argv else None)
+        return guarded(lambda _: _lm_eval(argv[1:]), level, f"breakgraph.evaluation {LM_EVAL}")
     return guarded(_evaluate, _parser().parse_args(argv), "breakgraph.evaluation")
+
+
+def _lm_eval(argv: Sequence[str]) -> int:
+    """The command line of lm-evaluation-harness, with this engine and its task files named.
+
+    Its own command cannot be told of a model that it did not bring.
+    """
+    try:
+        import breakgraph.evaluation.lm_eval_model  # noqa: F401 - registers the model
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise ImportError(f"{LM_EVAL} needs lm-eval: pip install 'breakgraph[eval]'") from error
+    from lm_eval.__main__ import cli_evaluate
+
+    from breakgraph.evaluation.tasks import FOLDER
+
+    ours = ["run", "--model", "breakgraph", "--include_path", str(FOLDER)]
+    given = sys.argv
+    # What follows wins over what comes first; another sub-command takes none of it.
+    sys.argv = [LM_EVAL, *(ours if argv[:1] and argv[0].startswith("--") else ()), *argv]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = given
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         command = tasks.add_parser(task, help=protocol.name, description=protocol.__doc__)
         _add_flags(command, protocol)
         ServerArgs.add_cli_args(command)
+    # Listed here for --help alone: what follows it is parsed by lm-eval.
+    tasks.add_parser(LM_EVAL, help="any task of lm-evaluation-harness, by this engine")
     return parser
 
 
