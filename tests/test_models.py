@@ -23,6 +23,7 @@ from breakgraph.forward import ForwardBatch, forward_context
 from breakgraph.layers import ClassificationHead
 from breakgraph.models import MODELS, CausalLM, ModelLoadError, SequenceClassifier, load_model
 
+EXPERTS = {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CAUSAL = {
     "llama": ("LlamaForCausalLM", {}),
     "llama-biased": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
@@ -36,6 +37,11 @@ CAUSAL = {
     ),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}),
     "qwen3-tied": ("Qwen3ForCausalLM", {"head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", EXPERTS),
+    "qwen3-moe-mixed": (
+        "Qwen3MoeForCausalLM",
+        {**EXPERTS, "mlp_only_layers": [0], "norm_topk_prob": True, "attention_bias": True},
+    ),
 }
 
 
@@ -150,7 +156,8 @@ def test_every_known_architecture_is_tested() -> None:
     heads = ("ForCausalLM", "ForSequenceClassification", "Model")
     dense = {name + head for name in ("Llama", "Qwen2", "Qwen3") for head in heads}
     hybrid = {name + head for name in ("NemotronH", "Qwen3Next") for head in (heads[0], heads[2])}
-    assert set(MODELS) == dense | hybrid  # hybrids: test_hybrid_models.py
+    experts = {"Qwen3MoeForCausalLM", "Qwen3MoeModel"}
+    assert set(MODELS) == dense | hybrid | experts  # hybrids: test_hybrid_models.py
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Llama, Qwen2 and Qwen3: one dense decoder, told apart by a ``DenseVariant``.
+"""Llama, Qwen2, Qwen3 and Qwen3-MoE: one decoder, told apart by a ``DenseVariant``.
 
 The residual stream is one tensor, copied from the inputs at the start of a forward and then
 updated in place by the output projections, whose matrix products do the addition.
@@ -19,6 +19,7 @@ from breakgraph.layers import (
     GatedMLP,
     Linear,
     PackedLinear,
+    QwenSparseMoe,
     RMSNorm,
     RotaryEmbedding,
     rotate_and_store,
@@ -37,6 +38,7 @@ class DenseVariant:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    experts: bool = False
 
 
 class DenseAttention(nn.Module):
@@ -82,18 +84,27 @@ class DenseAttention(nn.Module):
 class DenseLayer(nn.Module):
     """Attention, then the feed-forward block, each after a norm and added to the residual."""
 
-    def __init__(self, config: PreTrainedConfig, variant: DenseVariant) -> None:
+    def __init__(self, config: PreTrainedConfig, variant: DenseVariant, index: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(hidden, eps)
         self.self_attn = DenseAttention(config, variant)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=variant.mlp_bias)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.mlp: GatedMLP | QwenSparseMoe
+        if variant.experts and is_sparse(config, index):
+            self.mlp = QwenSparseMoe(config)
+        else:
+            self.mlp = GatedMLP(hidden, config.intermediate_size, bias=variant.mlp_bias)
 
     def forward(
-        self, residual: torch.Tensor, cos_sin: torch.Tensor, out_cache_loc: torch.Tensor
+        self, residual: torch.Tensor, cos_sin: torch.Tensor, inputs: LayerInputs
     ) -> torch.Tensor:
-        residual = self.self_attn(self.input_layernorm(residual), residual, cos_sin, out_cache_loc)
-        return self.mlp(self.post_attention_layernorm(residual), residual)
+        x = self.input_layernorm(residual)
+        residual = self.self_attn(x, residual, cos_sin, inputs.out_cache_loc)
+        x = self.post_attention_layernorm(residual)
+        if isinstance(self.mlp, GatedMLP):
+            return self.mlp(x, residual)
+        return self.mlp(x, residual, inputs.num_token_non_padded)
 
 
 class DenseStack(LayerStack):
@@ -105,7 +116,7 @@ class DenseStack(LayerStack):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.rotary = RotaryEmbedding(config, head_size(config))
         self.layers = nn.ModuleList(
-            DenseLayer(config, variant) for _ in range(config.num_hidden_layers)
+            DenseLayer(config, variant, index) for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -113,7 +124,7 @@ class DenseStack(LayerStack):
         residual = inputs.hidden_states.clone()
         cos_sin = self.rotary(inputs.positions, residual.dtype)
         for layer in self.layers:
-            residual = layer(residual, cos_sin, inputs.out_cache_loc)
+            residual = layer(residual, cos_sin, inputs)
         return self.norm(residual)
 
 
@@ -141,6 +152,15 @@ class Qwen3Model(PrefillModel):
         return DenseStack(config, DenseVariant(qkv_bias=bias, output_bias=bias, qk_norm=True))
 
 
+class Qwen3MoeModel(PrefillModel):
+    """Qwen3-MoE without a head."""
+
+    def build_stack(self, config: PreTrainedConfig) -> LayerStack:
+        bias = config.attention_bias
+        variant = DenseVariant(qkv_bias=bias, output_bias=bias, qk_norm=True, experts=True)
+        return DenseStack(config, variant)
+
+
 class LlamaForCausalLM(CausalLM, LlamaModel):
     """Llama 2, 3, 3.1 and 3.2."""
 
@@ -153,6 +173,10 @@ class Qwen3ForCausalLM(CausalLM, Qwen3Model):
     """Qwen3."""
 
 
+class Qwen3MoeForCausalLM(CausalLM, Qwen3MoeModel):
+    """Qwen3 with a mixture of experts."""
+
+
 class LlamaForSequenceClassification(SequenceClassifier, LlamaModel):
     """Llama with a score for each label."""
 
@@ -163,6 +187,12 @@ class Qwen2ForSequenceClassification(SequenceClassifier, Qwen2Model):
 
 class Qwen3ForSequenceClassification(SequenceClassifier, Qwen3Model):
     """Qwen3 with a score for each label."""
+
+
+def is_sparse(config: PreTrainedConfig, index: int) -> bool:
+    """Whether layer ``index`` of a Qwen config has experts."""
+    stepped = config.num_experts > 0 and (index + 1) % config.decoder_sparse_step == 0
+    return stepped and index not in config.mlp_only_layers
 
 
 def head_size(config: PreTrainedConfig) -> int:

@@ -25,6 +25,7 @@ from breakgraph.layers import (
     rotate_and_store,
 )
 from breakgraph.models.base import CausalLM, LayerStack, PrefillModel
+from breakgraph.models.dense import is_sparse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -82,9 +83,8 @@ class Qwen3NextLayer(nn.Module):
         else:
             self.self_attn = GatedAttention(config)
         self.post_attention_layernorm = RMSNorm(hidden, eps, offset=1.0)
-        sparse = config.num_experts > 0 and (index + 1) % config.decoder_sparse_step == 0
         self.mlp: QwenSparseMoe | GatedMLP
-        if sparse and index not in config.mlp_only_layers:
+        if is_sparse(config, index):
             self.mlp = QwenSparseMoe(config)
         else:
             self.mlp = GatedMLP(hidden, config.intermediate_size)

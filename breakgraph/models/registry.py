@@ -17,6 +17,8 @@ _CLASSES: tuple[type[PrefillModel], ...] = (
     dense.Qwen3ForCausalLM,
     dense.Qwen3ForSequenceClassification,
     dense.Qwen3Model,
+    dense.Qwen3MoeForCausalLM,
+    dense.Qwen3MoeModel,
     nemotron_h.NemotronHForCausalLM,
     nemotron_h.NemotronHModel,
     qwen3_next.Qwen3NextForCausalLM,
