@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 
 from breakgraph.graph import BreakableCUDAGraph, BreakableCUDAGraphCapture
 from breakgraph.kernels.mamba2 import (
-    _kernels,
-    _scan_specials,
     mamba2_scan,
     mamba2_scan_reference,
     mamba2_step,
     mamba2_step_reference,
 )
+from breakgraph.kernels.mamba2_cuda import _kernels, _scan_specials
 
 CHUNK = 16
 
