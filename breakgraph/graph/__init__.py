@@ -19,6 +19,7 @@ from breakgraph.graph.errors import (
 )
 from breakgraph.graph.inspect import StepInfo, StepTiming, describe, format_table, time_steps
 from breakgraph.graph.tape import TapePool
+from breakgraph.graph.trace import OpSpan, StepTrace, Trace, Window, trace_graph, trace_run
 
 __all__ = [
     "BreakableCUDAGraph",
@@ -27,12 +28,16 @@ __all__ = [
     "CaptureAudit",
     "ForeignReadError",
     "LayoutChangedError",
+    "OpSpan",
     "RefusedArgumentError",
     "RefusedOpError",
     "StepInfo",
     "StepTiming",
+    "StepTrace",
     "TapePool",
+    "Trace",
     "UnjoinedStreamError",
+    "Window",
     "break_graph",
     "describe",
     "eager_on_graph",
@@ -40,4 +45,6 @@ __all__ = [
     "format_table",
     "is_in_breakable_cuda_graph",
     "time_steps",
+    "trace_graph",
+    "trace_run",
 ]

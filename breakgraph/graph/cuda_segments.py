@@ -30,9 +30,16 @@ if TYPE_CHECKING:
 class CudaSegment:
     """A CUDA graph of at least one node, instantiated."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, num_nodes: int) -> None:
+    def __init__(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        num_nodes: int,
+        asked_bytes: int = 0,
+        grown_bytes: int = 0,
+    ) -> None:
         self.replay: Callable[[], Any] = graph.replay
         self.num_nodes = num_nodes
+        self.asked_bytes, self.grown_bytes = asked_bytes, grown_bytes
         self._graph = graph
 
     def node_names(self) -> list[str]:
@@ -61,6 +68,7 @@ class CudaBackend:
         self._watch = ForkWatch(self._stream)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._ranges: list[tuple[int, int]] = []
+        self._asked = self._grown = self._pool_bytes = 0
 
     def enter(self, stack: ExitStack) -> None:
         stack.enter_context(torch.cuda.device(self._device))
@@ -71,6 +79,8 @@ class CudaBackend:
         stack.callback(outer.wait_stream, self._stream)
         stack.enter_context(torch.cuda.stream(self._stream))
         stack.enter_context(self._watch)
+        self._look_at_pool()
+        self._grown = 0  # what earlier graphs took of a shared pool is not this one's
         torch.cuda.current_blas_handle()  # cuBLAS cannot make one, or its workspace, in a capture
 
     def begin(self) -> None:
@@ -98,10 +108,12 @@ class CudaBackend:
         num_nodes = self._capture.num_nodes()
         _end_capture(graph)
         self._graph = None
-        segment = CudaSegment(graph, num_nodes)
-        if num_nodes:
-            graph.instantiate()
-            graph.replay()
+        if not num_nodes:  # left out of the graph: the next segment counts its memory
+            return CudaSegment(graph, 0)
+        segment = CudaSegment(graph, num_nodes, self._asked, self._grown)
+        self._asked = self._grown = 0
+        graph.instantiate()
+        graph.replay()
         return segment
 
     def abort(self) -> None:
@@ -141,11 +153,16 @@ class CudaBackend:
         fresh: list[torch.Tensor],
         ownership: Ownership,
     ) -> Any:
+        counted = set()
         for tensor in fresh:
             if tensor.device.type != "cuda":
                 ownership.hold(tensor)
             elif self._in_pool(tensor):
                 ownership.note_made(tensor)
+                storage = tensor.untyped_storage()
+                if storage._cdata not in counted:
+                    counted.add(storage._cdata)
+                    self._asked += _block_bytes(storage.nbytes())
             else:
                 ownership.note_read(f"{op} (its result is an older tensor)", tensor)
         return result
@@ -153,11 +170,18 @@ class CudaBackend:
     def _in_pool(self, tensor: torch.Tensor) -> bool:
         address = tensor.untyped_storage().data_ptr()
         if not self._covers(address):
-            self._ranges = sorted(
-                (segment["address"], segment["address"] + segment["total_size"])
-                for segment in pool_segments(self.pool)
-            )
+            self._look_at_pool()
         return self._covers(address)
+
+    def _look_at_pool(self) -> None:
+        """Note the pool's memory, and how much of it is new."""
+        self._ranges = sorted(
+            (segment["address"], segment["address"] + segment["total_size"])
+            for segment in pool_segments(self.pool)
+        )
+        num_bytes = sum(end - begin for begin, end in self._ranges)
+        self._grown += num_bytes - self._pool_bytes
+        self._pool_bytes = num_bytes
 
     def _covers(self, address: int) -> bool:
         at = bisect_right(self._ranges, (address, 1 << 63)) - 1
@@ -174,10 +198,18 @@ class CudaBackend:
         index = self._device.index
         torch._C._cuda_beginAllocateCurrentThreadToPool(index, self.pool)
         try:
-            return torch.empty_like(tensor, device=self._device)
+            landed = torch.empty_like(tensor, device=self._device)
         finally:
             torch._C._cuda_endAllocateToPool(index, self.pool)
             torch._C._cuda_releasePool(index, self.pool)
+        self._asked += _block_bytes(landed.untyped_storage().nbytes())
+        self._in_pool(landed)  # notes what the pool grew by
+        return landed
+
+
+def _block_bytes(num_bytes: int) -> int:
+    """What the caching allocator gives for a request: multiples of 512 bytes."""
+    return -(-num_bytes // 512) * 512
 
 
 _quiet = threading.Lock()

@@ -33,6 +33,10 @@ class StepInfo:
     """Graph nodes of a segment (ops, on CPU); 0 for a break."""
     op_names: tuple[str, ...]
     """Kernels in capture order, other nodes by their type; aten ops on CPU."""
+    asked_bytes: int = 0
+    """What a segment asked of the pool, with where the break before it lands."""
+    grown_bytes: int = 0
+    """By how much the pool grew for it; the rest reused what earlier tensors had freed."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -52,9 +56,20 @@ def describe(graph: BreakableCUDAGraph) -> list[StepInfo]:
     graph.pool()
     infos = []
     for step in graph.steps:
-        names = tuple(step.segment.node_names()) if step.segment is not None else ()
-        nodes = step.segment.num_nodes if step.segment is not None else 0
-        infos.append(StepInfo(name=step.name, kind=_kind(step), nodes=nodes, op_names=names))
+        segment = step.segment
+        if segment is None:
+            infos.append(StepInfo(name=step.name, kind="break", nodes=0, op_names=()))
+            continue
+        infos.append(
+            StepInfo(
+                name=step.name,
+                kind="segment",
+                nodes=segment.num_nodes,
+                op_names=tuple(segment.node_names()),
+                asked_bytes=segment.asked_bytes,
+                grown_bytes=segment.grown_bytes,
+            )
+        )
     return infos
 
 

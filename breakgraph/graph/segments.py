@@ -23,6 +23,10 @@ class Segment(Protocol):
 
     replay: Callable[[], Any]
     num_nodes: int
+    asked_bytes: int
+    """What it asked of the pool, with the landings of the break before it, freed since or not."""
+    grown_bytes: int
+    """By how much the pool grew for that; the rest was memory that earlier tensors had freed."""
 
     def node_names(self) -> list[str]:
         """The kernels or ops, in capture order."""

@@ -9,6 +9,7 @@ former one is gone, as a graph's pool does, so a lifetime bug shows here too.
 
 from __future__ import annotations
 
+import time
 import weakref
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
@@ -29,11 +30,10 @@ class TapePool:
     def __init__(self) -> None:
         self._blocks: list[torch.Tensor] = []
         self._free: list[tuple[int, int]] = []
-
-    @property
-    def num_bytes(self) -> int:
+        self.num_bytes = 0
         """Bytes of all blocks, in use or free."""
-        return sum(block.numel() for block in self._blocks)
+        self.asked_bytes = 0
+        """Bytes of all allocations so far, freed since or not."""
 
     def allocate(self, num_bytes: int) -> tuple[torch.UntypedStorage, torch.UntypedStorage]:
         """Memory of at least ``num_bytes``, as two storages over one block.
@@ -42,12 +42,14 @@ class TapePool:
         memory valid without keeping it from reuse.
         """
         need = -(-max(num_bytes, 1) // _GRANULE) * _GRANULE
+        self.asked_bytes += need
         at = bisect_left(self._free, (need, -1))
         if at < len(self._free):
             _, index = self._free.pop(at)
         else:
             index = len(self._blocks)
             self._blocks.append(torch.empty(need, dtype=torch.uint8))
+            self.num_bytes += need
         block = self._blocks[index]
         view = memoryview(block.numpy())  # type: ignore[arg-type]
         weakref.finalize(view, insort, self._free, (block.numel(), index)).atexit = False
@@ -88,10 +90,25 @@ class Tape:
         for op, args, kwargs, targets in self._ops:
             result = op(*args, **kwargs)
             if targets:
-                results = [result] if isinstance(result, torch.Tensor) else tensors_in(result)
-                for target, tensor in zip(targets, results, strict=True):
-                    if target is not None:
-                        target.copy_(tensor)
+                _write_back(targets, result)
+
+    def timed_replay(self) -> list[tuple[str, int, int]]:
+        """Replay; each op's name, begin and end by ``time.perf_counter_ns``."""
+        spans = []
+        for op, args, kwargs, targets in self._ops:
+            begin = time.perf_counter_ns()
+            result = op(*args, **kwargs)
+            if targets:
+                _write_back(targets, result)
+            spans.append((str(op), begin, time.perf_counter_ns()))
+        return spans
+
+
+def _write_back(targets: Sequence[torch.Tensor | None], result: Any) -> None:
+    results = [result] if isinstance(result, torch.Tensor) else tensors_in(result)
+    for target, tensor in zip(targets, results, strict=True):
+        if target is not None:
+            target.copy_(tensor)
 
 
 UNWRITTEN = tuple(

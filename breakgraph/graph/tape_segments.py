@@ -21,13 +21,18 @@ CPU = torch.device("cpu")
 class TapeSegment:
     """A tape, run by the same protocol as a CUDA graph."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, asked_bytes: int = 0, grown_bytes: int = 0) -> None:
         self.replay: Callable[[], Any] = tape.replay
         self.num_nodes = len(tape)
+        self.asked_bytes, self.grown_bytes = asked_bytes, grown_bytes
         self._tape: Tape | None = tape
 
     def node_names(self) -> list[str]:
         return self._tape.op_names if self._tape is not None else []
+
+    def timed_replay(self) -> list[tuple[str, int, int]]:
+        """Replay; each op's name, begin and end by ``time.perf_counter_ns``."""
+        return self._tape.timed_replay() if self._tape is not None else []
 
     def reset(self) -> None:
         self._tape = None
@@ -41,6 +46,7 @@ class TapeBackend:
         self.pool = TapePool() if pool is None else pool
         self._tape = Tape()
         self._blocks: dict[int, torch.UntypedStorage] = {}
+        self._counted = (self.pool.asked_bytes, self.pool.num_bytes)
 
     def enter(self, stack: ExitStack) -> None:
         stack.callback(self._blocks.clear)
@@ -49,7 +55,11 @@ class TapeBackend:
         self._tape = Tape()
 
     def end(self) -> TapeSegment:
-        return TapeSegment(self._tape)
+        asked, grown = self._counted
+        if not len(self._tape):  # left out of the graph: the next segment counts its memory
+            return TapeSegment(self._tape)
+        self._counted = (self.pool.asked_bytes, self.pool.num_bytes)
+        return TapeSegment(self._tape, self._counted[0] - asked, self._counted[1] - grown)
 
     def abort(self) -> None:
         self._tape = Tape()

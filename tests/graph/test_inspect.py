@@ -15,7 +15,7 @@ from breakgraph.graph import (
     time_steps,
 )
 
-from .support import SHAPE, capture, mixed
+from .support import SHAPE, capture, mixed, pool_bytes
 
 
 def test_steps_are_described_in_replay_order(device):
@@ -105,3 +105,22 @@ def test_the_table_does_without_times():
     lines = format_table(INFOS).splitlines()
     assert lines[0] == "step           kind     nodes  ops"
     assert lines[-1] == "total                      14"
+
+
+def test_a_segment_counts_what_it_asked_of_the_pool_and_what_was_new(device):
+    x = torch.ones(64, 128, device=device)  # 32 KiB each
+
+    def fn():
+        y = (x * 2).relu()  # the product's memory is free from here on
+        return mixed(y * 3) + 1
+
+    graph, _ = capture(fn, device)
+    first, _, second = describe(graph)
+    block = 64 * 128 * 4
+    assert (first.asked_bytes, second.asked_bytes) == (3 * block, 2 * block)  # with the landing
+    assert sum(info.grown_bytes for info in describe(graph)) == pool_bytes(graph)
+    if device == "cpu":
+        assert first.grown_bytes == 2 * block
+    other, _ = capture(fn, device, pool=graph.pool())
+    assert other.pool() == graph.pool()
+    assert describe(other)[0].asked_bytes == 3 * block
