@@ -2,6 +2,12 @@
 
 from breakgraph.attention.base import AttentionBackend
 from breakgraph.attention.hybrid import HybridAttentionBackend
+from breakgraph.attention.latent_backends import (
+    FlashLatentPrefillBackend,
+    LatentDecodeBackend,
+    LatentPrefillBackend,
+)
+from breakgraph.attention.latent_plan import LatentShape
 from breakgraph.attention.layer import Attention
 from breakgraph.attention.linear_attention import (
     ExtendPlan,
@@ -11,6 +17,7 @@ from breakgraph.attention.linear_attention import (
     RadixLinearAttention,
     StepPlan,
 )
+from breakgraph.attention.mla import LatentAttention
 from breakgraph.attention.paged_decode import PagedDecodeBackend, SlotMirror
 from breakgraph.attention.torch_flash import TorchFlashBackend
 from breakgraph.attention.torch_native import TorchNativeBackend
@@ -19,7 +26,12 @@ __all__ = [
     "Attention",
     "AttentionBackend",
     "ExtendPlan",
+    "FlashLatentPrefillBackend",
     "HybridAttentionBackend",
+    "LatentAttention",
+    "LatentDecodeBackend",
+    "LatentPrefillBackend",
+    "LatentShape",
     "LinearAttentionBackend",
     "LinearDecodeBackend",
     "LinearPrefillBackend",

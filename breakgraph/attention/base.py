@@ -20,10 +20,14 @@ class AttentionBackend(ABC):
     Attributes:
         capturable: the plan lies in device memory at fixed addresses, so that ``forward`` may be
             part of a segment; else it is a break.
+        equal_head_dims: values of a latent attention are to be padded to the width of its keys.
+        windows: follows a layer's ``left`` and ``right``.
         linear: plans the model's recurrent mixers; None where it has none.
     """
 
     capturable = False
+    windows = False
+    equal_head_dims = False
     linear: LinearAttentionBackend | None = None
 
     @abstractmethod

@@ -12,10 +12,17 @@ import torch
 from torch import nn
 
 from breakgraph.attention.linear_attention import ExtendPlan, RadixLinearAttention, StepPlan
+from breakgraph.distributed import Shard, equal_shard
 from breakgraph.kernels.causal_conv import causal_conv, causal_conv_step
 from breakgraph.kernels.gated_delta import gated_delta_rule, gated_delta_step
 from breakgraph.kernels.gated_delta_fla import require_gated_delta_kernels
-from breakgraph.layers.linear import CheckpointSlot, Linear, PackedLinear, weight_parameter
+from breakgraph.layers.linear import (
+    CheckpointSlot,
+    PackedLinear,
+    RowLinear,
+    row_slot,
+    weight_parameter,
+)
 from breakgraph.layers.norm import GatedRMSNorm
 
 if TYPE_CHECKING:
@@ -26,32 +33,41 @@ class GatedDeltaRule(RadixLinearAttention):
     """Causal convolution, then the delta rule with decay (Yang, Kautz & Hatamizadeh, 2024).
 
     Args:
-        key_heads: of ``key_dim`` elements, as many query heads.
-        value_heads: of ``value_dim`` elements, a multiple of ``key_heads``.
+        key_heads: this rank's, of ``key_dim`` elements; as many query heads.
+        value_heads: this rank's, of ``value_dim`` elements; a multiple of ``key_heads``.
         kernel_size: of the convolution, over queries, keys and values.
     """
 
     float32_parameters = ("A_log", "dt_bias")
 
     def __init__(
-        self, *, key_heads: int, key_dim: int, value_heads: int, value_dim: int, kernel_size: int
+        self,
+        *,
+        key_heads: Shard,
+        key_dim: int,
+        value_heads: Shard,
+        value_dim: int,
+        kernel_size: int,
     ) -> None:
-        keys, values = key_heads * key_dim, value_heads * value_dim
-        channels = 2 * keys + values
-        super().__init__((kernel_size - 1, channels), (value_heads, key_dim, value_dim), values)
+        keys, values = key_heads.size * key_dim, value_heads.size * value_dim
+        channels, state = 2 * keys + values, (value_heads.size, key_dim, value_dim)
+        super().__init__((kernel_size - 1, channels), state, values)
+        self._value_heads = value_heads
+        key_rows = key_heads.of(key_dim)
+        self._channels = (key_rows, key_rows, value_heads.of(value_dim))
         self._split = (keys, keys, values)
         self._key_dim, self._value_dim = key_dim, value_dim
         self.conv_weight = weight_parameter(channels, kernel_size)
-        self.A_log = weight_parameter(value_heads)
-        self.dt_bias = weight_parameter(value_heads)
+        self.A_log = weight_parameter(value_heads.size)
+        self.dt_bias = weight_parameter(value_heads.size)
 
     def checkpoint_slots(self) -> dict[str, CheckpointSlot]:
         """By checkpoint name beside this module; a convolution's weight has a dimension more."""
         weight = self.conv_weight.detach().unsqueeze(1)
         return {
-            "A_log": CheckpointSlot(self.A_log.detach(), tuple(self.A_log.shape)),
-            "dt_bias": CheckpointSlot(self.dt_bias.detach(), tuple(self.dt_bias.shape)),
-            "conv1d.weight": CheckpointSlot(weight, tuple(weight.shape)),
+            "A_log": row_slot(self.A_log.detach(), self._value_heads),
+            "dt_bias": row_slot(self.dt_bias.detach(), self._value_heads),
+            "conv1d.weight": row_slot(weight, *self._channels),
         }
 
     def require_kernels(self) -> None:
@@ -119,24 +135,36 @@ class GatedDeltaRule(RadixLinearAttention):
 
 
 class GatedDeltaNet(nn.Module):
-    """Input projection, recurrence, gated head norm and output projection."""
+    """Input projection, recurrence, gated head norm and output projection.
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    Without ``reduces``, ``forward`` gives this rank's part of a sum over the ranks.
+    """
+
+    def __init__(self, config: PreTrainedConfig, *, reduces: bool = True) -> None:
         super().__init__()
-        key_heads, value_heads = config.linear_num_key_heads, config.linear_num_value_heads
+        key_heads = equal_shard(config.linear_num_key_heads, "linear_num_key_heads")
+        value_heads = equal_shard(config.linear_num_value_heads, "linear_num_value_heads")
         key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
-        keys, values, hidden = key_heads * key_dim, value_heads * value_dim, config.hidden_size
-        grouped = values // key_heads
+        keys, values, hidden = (
+            key_heads.size * key_dim,
+            value_heads.of(value_dim),
+            config.hidden_size,
+        )
+        shared = value_heads.size // key_heads.size
+        sizes = [key_dim, key_dim, shared * value_dim, shared * value_dim]
         # A checkpoint has the rows of a key head and all that belongs to it together.
         self.in_proj = PackedLinear(
             hidden,
-            {"in_proj_qkvz": 2 * keys + 2 * values, "in_proj_ba": 2 * value_heads},
+            {
+                "in_proj_qkvz": key_heads.of(sum(sizes)),
+                "in_proj_ba": key_heads.of(2 * shared),
+            },
             orders={
-                "in_proj_qkvz": _ungrouped(key_heads, [key_dim, key_dim, grouped, grouped]),
-                "in_proj_ba": _ungrouped(key_heads, [value_heads // key_heads] * 2),
+                "in_proj_qkvz": _ungrouped(key_heads.size, sizes),
+                "in_proj_ba": _ungrouped(key_heads.size, [shared] * 2),
             },
         )
-        self._split = (2 * keys + values, values, value_heads, value_heads)
+        self._split = (2 * keys + values.size, values.size, value_heads.size, value_heads.size)
         self.recurrence = GatedDeltaRule(
             key_heads=key_heads,
             key_dim=key_dim,
@@ -145,7 +173,7 @@ class GatedDeltaNet(nn.Module):
             kernel_size=config.linear_conv_kernel_dim,
         )
         self.norm = GatedRMSNorm(value_dim, value_dim, config.rms_norm_eps, gate_first=False)
-        self.out_proj = Linear(values, hidden)
+        self.out_proj = RowLinear(values, hidden, reduces=reduces)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Add the mixer's output for ``x`` to ``residual`` in place; both ``[rows, hidden]``."""

@@ -17,10 +17,17 @@ class Attention(nn.Module):
 
     ``k_cache`` and ``v_cache`` (``[num_slots, num_kv_heads, head_dim]``) are bound by the
     KV pool before the first forward.
+
+    Attributes:
+        left: most tokens before its own that a query sees; None for all.
+        right: most tokens after its own; 0 is causal, None is all. Backends that do not set
+            ``windows`` see to causal attention over everything alone.
     """
 
     k_cache: torch.Tensor
     v_cache: torch.Tensor
+    left: int | None = None
+    right: int | None = 0
 
     def __init__(
         self, *, num_heads: int, num_kv_heads: int, head_dim: int, scale: float | None = None

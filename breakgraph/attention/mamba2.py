@@ -13,10 +13,17 @@ import torch
 from torch import nn
 
 from breakgraph.attention.linear_attention import ExtendPlan, RadixLinearAttention, StepPlan
+from breakgraph.distributed import Shard, equal_shard
 from breakgraph.kernels.causal_conv import causal_conv, causal_conv_step
 from breakgraph.kernels.launch import import_triton
 from breakgraph.kernels.mamba2 import mamba2_scan, mamba2_step
-from breakgraph.layers.linear import CheckpointSlot, Linear, weight_parameter
+from breakgraph.layers.linear import (
+    CheckpointSlot,
+    PackedLinear,
+    RowLinear,
+    row_slot,
+    weight_parameter,
+)
 from breakgraph.layers.norm import GatedRMSNorm
 
 if TYPE_CHECKING:
@@ -27,8 +34,8 @@ class Mamba2Recurrence(RadixLinearAttention):
     """Causal convolution, then the selective state space of each head (Dao & Gu, 2024).
 
     Args:
-        num_heads: H, of ``head_dim`` P values.
-        num_groups: G, each of which shares B and C of ``state_size`` N.
+        heads: this rank's, H of ``head_dim`` P values.
+        groups: this rank's, G that each share B and C of ``state_size`` N.
         kernel_size: of the convolution, over ``H * P + 2 * G * N`` channels.
         conv_bias: whether that has a bias.
         dt_limits: the least and the greatest time step.
@@ -39,18 +46,20 @@ class Mamba2Recurrence(RadixLinearAttention):
     def __init__(
         self,
         *,
-        num_heads: int,
+        heads: Shard,
         head_dim: int,
-        num_groups: int,
+        groups: Shard,
         state_size: int,
         kernel_size: int,
         conv_bias: bool,
         dt_limits: tuple[float, float],
     ) -> None:
-        inner, shared = num_heads * head_dim, num_groups * state_size
+        num_heads, inner, shared = heads.size, heads.size * head_dim, groups.size * state_size
         channels = inner + 2 * shared
         super().__init__((kernel_size - 1, channels), (num_heads, head_dim, state_size), inner)
         self._split = (inner, shared, shared)
+        self._heads_here = heads
+        self._channels = (heads.of(head_dim), groups.of(state_size), groups.of(state_size))
         self._head_dim, self._state_size = head_dim, state_size
         self._dt_limits = dt_limits
         self.conv_weight = weight_parameter(channels, kernel_size)
@@ -62,11 +71,11 @@ class Mamba2Recurrence(RadixLinearAttention):
     def checkpoint_slots(self) -> dict[str, CheckpointSlot]:
         """By checkpoint name beside this module; a convolution's weight has a dimension more."""
         named = {"A_log": self.A_log, "D": self.D, "dt_bias": self.dt_bias}
+        slots = {n: row_slot(p.detach(), self._heads_here) for n, p in named.items()}
         if self.conv_bias is not None:
-            named["conv1d.bias"] = self.conv_bias
-        slots = {n: CheckpointSlot(p.detach(), tuple(p.shape)) for n, p in named.items()}
+            slots["conv1d.bias"] = row_slot(self.conv_bias.detach(), *self._channels)
         weight = self.conv_weight.detach().unsqueeze(1)
-        return slots | {"conv1d.weight": CheckpointSlot(weight, tuple(weight.shape))}
+        return slots | {"conv1d.weight": row_slot(weight, *self._channels)}
 
     def require_kernels(self) -> None:
         import_triton()
@@ -136,28 +145,42 @@ class Mamba2Recurrence(RadixLinearAttention):
         return x.unflatten(1, (-1, self._head_dim)), b.unflatten(1, state), c.unflatten(1, state)
 
 
+class GroupedNorm(GatedRMSNorm):
+    """The gated norm of this rank's groups."""
+
+    def __init__(self, features: Shard, group_size: int, eps: float) -> None:
+        super().__init__(features.size, group_size, eps)
+        self._features = features
+
+    def checkpoint_slot(self, name: str, tensor: torch.Tensor) -> CheckpointSlot:
+        """Where this rank's part of the weight comes from."""
+        return row_slot(tensor, self._features)
+
+
 class Mamba2Mixer(nn.Module):
     """Input projection, recurrence, gated grouped norm and output projection."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        heads, groups, state = config.mamba_num_heads, config.n_groups, config.ssm_state_size
-        inner, hidden, bias = heads * config.mamba_head_dim, config.hidden_size, config.use_bias
-        channels = inner + 2 * groups * state
-        self._split = (inner, channels, heads)
-        self.in_proj = Linear(hidden, sum(self._split), bias=bias)
+        state, hidden, bias = config.ssm_state_size, config.hidden_size, config.use_bias
+        heads = equal_shard(config.mamba_num_heads, "mamba_num_heads")
+        groups = equal_shard(config.n_groups, "n_groups")
+        inner, shared = heads.of(config.mamba_head_dim), groups.of(state)
+        self._split = (inner.size, inner.size + 2 * shared.size, heads.size)
+        parts = {"in_proj": (inner, inner, shared, shared, heads)}
+        self.in_proj = PackedLinear(hidden, parts, bias=bias)
         self.recurrence = Mamba2Recurrence(
-            num_heads=heads,
+            heads=heads,
             head_dim=config.mamba_head_dim,
-            num_groups=groups,
+            groups=groups,
             state_size=state,
             kernel_size=config.conv_kernel,
             conv_bias=config.use_conv_bias,
             # transformers clamps so in a prefill, though not in its decode step; here both do.
             dt_limits=(config.time_step_min, math.inf),
         )
-        self.norm = GatedRMSNorm(inner, inner // groups, config.layer_norm_epsilon)
-        self.out_proj = Linear(inner, hidden, bias=bias)
+        self.norm = GroupedNorm(inner, inner.size // groups.size, config.layer_norm_epsilon)
+        self.out_proj = RowLinear(inner, hidden, bias=bias)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Add the mixer's output for ``x`` to ``residual`` in place; both ``[rows, hidden]``."""

@@ -27,7 +27,9 @@ class _Plan:
 
 
 class TorchFlashBackend(AttentionBackend):
-    """Variable-length causal attention; a cached prefix is gathered from the KV pool."""
+    """Variable-length attention; a cached prefix is gathered from the KV pool."""
+
+    windows = True
 
     def __init__(self, *, device: torch.device, max_requests: int, max_context_tokens: int) -> None:
         self._staging = HostStaging(max_requests + 1 + max_context_tokens, device)
@@ -86,9 +88,11 @@ class TorchFlashBackend(AttentionBackend):
             plan.max_q,
             plan.max_k,
             0.0,
-            True,
+            layer.right == 0,
             False,
             scale=layer.scale,
+            window_size_left=layer.left,
+            window_size_right=layer.right if layer.right != 0 else None,
         )[0]
         out.copy_(mixed)
 

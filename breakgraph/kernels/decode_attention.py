@@ -101,6 +101,11 @@ def require_decode_kernel() -> None:
         ) from error
 
 
+def merge_kernel() -> Any:
+    """The kernel that merges the splits; see its launch here for its arguments."""
+    return _kernels().merge
+
+
 def _on_cpu(
     q: torch.Tensor,
     k_cache: torch.Tensor,

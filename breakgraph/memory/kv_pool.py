@@ -27,7 +27,7 @@ class KVPool:
 
     Attributes:
         k: per layer ``[num_slots, num_kv_heads, head_dim]``, zeros at first.
-        v: as ``k``.
+        v: as ``k``; empty where values lie in the keys, as those of latent attention do.
         num_tokens: slots that requests may hold, a multiple of ``page_size``.
         num_slots: ``num_tokens`` and the reserved page.
     """
@@ -41,8 +41,10 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
         page_size: int = 1,
+        *,
+        with_values: bool = True,
     ) -> None:
-        """Allocate the buffers.
+        """Allocate the buffers, those of values only ``with_values``.
 
         Raises:
             ValueError: not even one page fits into ``num_tokens``.
@@ -52,11 +54,12 @@ class KVPool:
         self.num_slots = self.num_tokens + page_size
         shape = (self.num_slots, num_kv_heads, head_dim)
         try:
-            buffers = [
-                torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * num_layers)
-            ]
+            count = (2 if with_values else 1) * num_layers
+            buffers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]
         except torch.OutOfMemoryError as error:
-            per_token = self.bytes_per_token(num_layers, num_kv_heads, head_dim, dtype)
+            per_token = self.bytes_per_token(
+                num_layers, num_kv_heads, head_dim, dtype, with_values=with_values
+            )
             raise RuntimeError(
                 f"a KV pool of {self.num_tokens} tokens takes "
                 f"{self.num_slots * per_token / 2**30:.2f} GiB, which {device} does not have; "
@@ -66,10 +69,15 @@ class KVPool:
 
     @staticmethod
     def bytes_per_token(
-        num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        *,
+        with_values: bool = True,
     ) -> int:
-        """Bytes that one token takes over all layers, keys and values."""
-        return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+        """Bytes that one token takes over all layers, keys and, ``with_values``, values."""
+        return (2 if with_values else 1) * num_layers * num_kv_heads * head_dim * dtype.itemsize
 
     def bind(self, attention_layers: Sequence[CachedLayer]) -> None:
         """Give each layer its buffers, in order. Raises ValueError where they do not fit it."""
@@ -77,7 +85,8 @@ class KVPool:
             raise ValueError(
                 f"a KV pool of {len(self.k)} layers cannot serve {len(attention_layers)}"
             )
-        for index, (layer, k, v) in enumerate(zip(attention_layers, self.k, self.v, strict=True)):
+        values = self.v or [k[:0] for k in self.k]
+        for index, (layer, k, v) in enumerate(zip(attention_layers, self.k, values, strict=True)):
             if (layer.num_kv_heads, layer.head_dim) != tuple(k.shape[1:]):
                 raise ValueError(
                     f"attention layer {index} has {layer.num_kv_heads} KV heads of "

@@ -8,7 +8,7 @@ is saved or restored by two copies, however many layers there are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Protocol
 
@@ -33,7 +33,10 @@ class MambaPool:
         num_slots: slots in all.
         reserved_slot: padding's, and of batches without rows.
         snapshots: the slots of saved prefixes.
+        on_copy: told of each copy, from which slot to which; None tells nobody.
     """
+
+    on_copy: Callable[[int, int], object] | None = None
 
     def __init__(
         self,
@@ -94,6 +97,8 @@ class MambaPool:
 
     def copy(self, from_slot: int, to_slot: int) -> None:
         """Copy a slot on the device, in stream order, with no sync."""
+        if self.on_copy is not None:
+            self.on_copy(from_slot, to_slot)
         self.conv[to_slot].copy_(self.conv[from_slot])
         self.state[to_slot].copy_(self.state[from_slot])
 
