@@ -1,10 +1,17 @@
 """What models are built of, and the eager tails that follow them."""
 
 from breakgraph.layers.embedding import Embedding
-from breakgraph.layers.linear import CheckpointSlot, Linear, PackedLinear
+from breakgraph.layers.linear import (
+    CheckpointSlot,
+    ColumnLinear,
+    Linear,
+    PackedLinear,
+    RowLinear,
+    VocabularyLinear,
+)
 from breakgraph.layers.logits_processor import LogitsOutput, LogitsProcessor
 from breakgraph.layers.mlp import GatedMLP, PlainMLP
-from breakgraph.layers.moe import NemotronHMoe, QwenSparseMoe
+from breakgraph.layers.moe import DeepseekMoe, NemotronHMoe, QwenSparseMoe
 from breakgraph.layers.norm import GatedRMSNorm, RMSNorm
 from breakgraph.layers.pooler import ClassificationHead, Pooler, PoolingMode
 from breakgraph.layers.rotary import RotaryEmbedding, rotate_and_store
@@ -12,6 +19,8 @@ from breakgraph.layers.rotary import RotaryEmbedding, rotate_and_store
 __all__ = [
     "CheckpointSlot",
     "ClassificationHead",
+    "ColumnLinear",
+    "DeepseekMoe",
     "Embedding",
     "GatedMLP",
     "GatedRMSNorm",
@@ -26,5 +35,7 @@ __all__ = [
     "QwenSparseMoe",
     "RMSNorm",
     "RotaryEmbedding",
+    "RowLinear",
+    "VocabularyLinear",
     "rotate_and_store",
 ]

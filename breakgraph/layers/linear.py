@@ -1,7 +1,8 @@
 """Linear layers: one weight for every projection of the same input.
 
-A fused weight is filled from several checkpoint tensors. Which ones, and which rows each
-fills, the layer itself says in ``checkpoint_slots``, so the weight loader knows no model.
+A fused weight is filled from several checkpoint tensors, and with more than one rank each rank
+has a part of a weight. Which tensors, and which of their rows or columns, the layer itself says in
+``checkpoint_slots`` or ``checkpoint_slot``, so the weight loader knows no model and no rank.
 """
 
 from __future__ import annotations
@@ -14,17 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from breakgraph.distributed import Shard, current_group, vocabulary_shard
+
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSlot:
     """Where a checkpoint tensor of ``shape`` is copied; ``target`` may repeat it.
 
-    With ``order``, int64 ``[rows]``, row ``i`` of the target is row ``order[i]`` of the tensor.
+    Attributes:
+        target: None where only other ranks have a part of the tensor.
+        shape: of the whole tensor.
+        order: int64 ``[rows]``: row ``i`` of the target is row ``order[i]`` of those read.
+        rows: the ranges that are read, one after the other; none is all.
+        columns: the range that is read of the second dimension; None is all.
     """
 
-    target: torch.Tensor
+    target: torch.Tensor | None
     shape: tuple[int, ...]
     order: torch.Tensor | None = None
+    rows: tuple[slice, ...] = ()
+    columns: slice | None = None
 
 
 def weight_parameter(*shape: int) -> nn.Parameter:
@@ -33,7 +43,7 @@ def weight_parameter(*shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """``y = x @ weight.T + bias``, with ``weight: [out_features, in_features]``."""
+    """``y = x @ weight.T + bias`` with ``weight: [out_features, in_features]``, here whole."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -63,30 +73,120 @@ class Linear(nn.Module):
         return residual
 
 
+class ColumnLinear(Linear):
+    """A projection of which this rank computes the output features of ``outputs``."""
+
+    def __init__(self, in_features: int, outputs: Shard, *, bias: bool = False) -> None:
+        super().__init__(in_features, outputs.size, bias=bias)
+        self._outputs = outputs
+
+    def checkpoint_slot(self, name: str, tensor: torch.Tensor) -> CheckpointSlot:
+        """Where this rank's part of the parameter ``name`` comes from."""
+        return row_slot(tensor, self._outputs)
+
+
+class RowLinear(Linear):
+    """A projection of the input features of ``inputs`` alone: each rank's part of a sum.
+
+    With ``begins``, ``add_to`` lets ``residual`` enter the sum once, as the first rank's; without,
+    its caller has seen to that. With ``reduces`` it adds the parts up; without, its caller does.
+    """
+
+    def __init__(
+        self,
+        inputs: Shard,
+        out_features: int,
+        *,
+        bias: bool = False,
+        begins: bool = True,
+        reduces: bool = True,
+    ) -> None:
+        super().__init__(inputs.size, out_features, bias=bias)
+        self._inputs, self._group = inputs, current_group()
+        self._begins, self._reduces = begins, reduces
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``Linear.add_to``; the residual that counts is the first rank's, as is the bias.
+
+        So there is no addition of its own, and residuals of different ranks cannot drift apart.
+        """
+        first = self._group.is_first
+        residual.addmm_(x, self.weight.t(), beta=int(first or not self._begins))
+        if self.bias is not None and first:
+            residual.add_(self.bias)
+        return self._group.all_reduce_(residual) if self._reduces else residual
+
+    def checkpoint_slot(self, name: str, tensor: torch.Tensor) -> CheckpointSlot:
+        """Where this rank's part of the parameter ``name`` comes from."""
+        if tensor.dim() < 2:
+            return CheckpointSlot(tensor, tuple(tensor.shape))
+        shape = (len(tensor), self._inputs.total)
+        return CheckpointSlot(tensor, shape, columns=self._inputs.range)
+
+
+class VocabularyLinear(Linear):
+    """A language-model head: this rank's tokens, and rows without meaning behind the last."""
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        shard, rows = vocabulary_shard(vocab_size)
+        super().__init__(hidden_size, rows)
+        self._shard = shard
+
+    def checkpoint_slot(self, name: str, tensor: torch.Tensor) -> CheckpointSlot:
+        """Where this rank's part of the parameter ``name`` comes from."""
+        return row_slot(tensor, self._shard)
+
+
 class PackedLinear(Linear):
     """Several projections of one input as a single matrix product.
 
-    ``parts`` gives each projection's checkpoint name and its output features, in row order;
+    ``parts`` gives each projection's checkpoint name and its output features, in row order: a
+    number, which every rank has, or the parts of the tensor that this rank has a shard of.
     ``orders`` those whose rows the checkpoint has in another order, see ``CheckpointSlot``.
     """
 
     def __init__(
         self,
         in_features: int,
-        parts: dict[str, int],
+        parts: Mapping[str, int | Shard | tuple[Shard, ...]],
         *,
         bias: bool = False,
         orders: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
-        super().__init__(in_features, sum(parts.values()), bias=bias)
-        self._parts, self._orders = dict(parts), dict(orders)
+        shards = {name: _shards(part) for name, part in parts.items()}
+        sizes = [sum(shard.size for shard in part) for part in shards.values()]
+        super().__init__(in_features, sum(sizes), bias=bias)
+        self._parts, self._sizes, self._orders = shards, sizes, dict(orders)
 
     def checkpoint_slots(self) -> dict[str, CheckpointSlot]:
         """The rows of each projection, by checkpoint name beside this layer."""
         slots = {}
         for kind, parameter in self.named_parameters():
-            pieces = parameter.detach().split(list(self._parts.values()))
-            for part, rows in zip(self._parts, pieces, strict=True):
-                order = self._orders.get(part)
-                slots[f"{part}.{kind}"] = CheckpointSlot(rows, tuple(rows.shape), order)
+            pieces = parameter.detach().split(self._sizes)
+            for (part, shards), rows in zip(self._parts.items(), pieces, strict=True):
+                slots[f"{part}.{kind}"] = row_slot(rows, *shards, order=self._orders.get(part))
         return slots
+
+
+def row_slot(
+    target: torch.Tensor, *shards: Shard, order: torch.Tensor | None = None
+) -> CheckpointSlot:
+    """The slot of a tensor whose first dimension is made of parts, each with a shard here.
+
+    ``target`` has the shards one after the other, and perhaps rows that no tensor fills behind.
+    """
+    total, size = sum(shard.total for shard in shards), sum(shard.size for shard in shards)
+    shape = (total, *target.shape[1:])
+    if size == total:
+        return CheckpointSlot(target[:size], shape, order)
+    begin, rows = 0, []
+    for shard in shards:
+        rows.append(shard.after(begin))
+        begin += shard.total
+    return CheckpointSlot(target[:size], shape, order, tuple(rows))
+
+
+def _shards(part: int | Shard | tuple[Shard, ...]) -> tuple[Shard, ...]:
+    if isinstance(part, int):
+        return (Shard(part, 0, part),)
+    return (part,) if isinstance(part, Shard) else part

@@ -6,11 +6,17 @@ computed a block of rows at a time, so memory is bounded by the block, not by th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from breakgraph.distributed import SINGLE, TensorParallelGroup
+
+Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +37,25 @@ class LogitsProcessor(nn.Module):
     """Logits of each request's last token and, on request, each row's target log-probability.
 
     ``chunk_rows`` bounds how many rows have logits at one time: at 512 rows a vocabulary of
-    150,000 takes 0.3 GB in float32, and its softmax as much again.
+    150,000 takes 0.3 GB in float32, and its softmax as much again. With ``group``, each rank's
+    weight has the logits of some of ``vocab_size`` tokens, and every rank gets those of all.
     """
 
-    def __init__(self, chunk_rows: int = 512) -> None:
+    def __init__(
+        self,
+        chunk_rows: int = 512,
+        *,
+        group: TensorParallelGroup = SINGLE,
+        vocab_size: int = 0,
+    ) -> None:
         super().__init__()
         self.chunk_rows = chunk_rows
+        self._group, self._vocab_size = group, vocab_size
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        lm_head_weight: torch.Tensor,
+        lm_head_weight: torch.Tensor | Head,
         last_rows: torch.Tensor,
         logprob_targets: torch.Tensor | None = None,
     ) -> LogitsOutput:
@@ -49,7 +63,8 @@ class LogitsProcessor(nn.Module):
 
         Args:
             hidden_states: ``[num_tokens, hidden_size]``, after the final norm.
-            lm_head_weight: ``[vocab_size, hidden_size]``.
+            lm_head_weight: ``[vocab_size, hidden_size]``, or this rank's share of it, or a function
+                that makes logits of rows of hidden states.
             last_rows: int64 ``[batch_size]`` on the device, the row of each request's last token.
             logprob_targets: int64 ``[num_tokens]`` on the device, the token whose
                 log-probability each row is asked for, -1 for none.
@@ -58,10 +73,21 @@ class LogitsProcessor(nn.Module):
         logprobs = None
         if logprob_targets is not None:
             logprobs = self._target_logprobs(hidden_states, lm_head_weight, logprob_targets)
-        return LogitsOutput(F.linear(last, lm_head_weight).float(), logprobs)
+        return LogitsOutput(self._logits(last, lm_head_weight), logprobs)
+
+    def _logits(
+        self, hidden_states: torch.Tensor, lm_head_weight: torch.Tensor | Head
+    ) -> torch.Tensor:
+        if not isinstance(lm_head_weight, torch.Tensor):
+            return lm_head_weight(hidden_states).float()
+        logits = F.linear(hidden_states, lm_head_weight)
+        return self._group.gather_columns(logits, self._vocab_size).float()
 
     def _target_logprobs(
-        self, hidden_states: torch.Tensor, lm_head_weight: torch.Tensor, targets: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        lm_head_weight: torch.Tensor | Head,
+        targets: torch.Tensor,
     ) -> torch.Tensor:
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden_states.device)
         for rows, wanted, out in zip(
@@ -70,7 +96,7 @@ class LogitsProcessor(nn.Module):
             logprobs.split(self.chunk_rows),
             strict=True,
         ):
-            logits = F.linear(rows, lm_head_weight).float()
+            logits = self._logits(rows, lm_head_weight)
             loss = F.cross_entropy(logits, wanted, ignore_index=-1, reduction="none")
             torch.neg(loss, out=out)
         return logprobs.masked_fill_(targets < 0, float("nan"))

@@ -5,18 +5,26 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from breakgraph.distributed import equal_shard
 from breakgraph.kernels.pointwise import relu_squared_, silu_mul
-from breakgraph.layers.linear import Linear, PackedLinear
+from breakgraph.layers.linear import ColumnLinear, PackedLinear, RowLinear
 
 
 class GatedMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``, gate and up as one matrix product."""
+    """``down(silu(gate(x)) * up(x))``, gate and up as one matrix product.
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:
+    Without ``reduces``, ``forward`` adds this rank's part of a sum that its caller began.
+    """
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, bias: bool = False, reduces: bool = True
+    ) -> None:
         super().__init__()
-        parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        inner = equal_shard(intermediate_size, "the intermediate size")
+        parts = {"gate_proj": inner, "up_proj": inner}
         self.gate_up_proj = PackedLinear(hidden_size, parts, bias=bias)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
+        alone = {"begins": reduces, "reduces": reduces}
+        self.down_proj = RowLinear(inner, hidden_size, bias=bias, **alone)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Add the block's output for ``x`` to ``residual`` in place; both ``[rows, hidden]``."""
@@ -25,12 +33,19 @@ class GatedMLP(nn.Module):
 
 
 class PlainMLP(nn.Module):
-    """``down(relu(up(x))²)``, the feed-forward block of NemotronH."""
+    """``down(relu(up(x))²)``, the feed-forward block of NemotronH.
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:
+    Without ``reduces``, ``forward`` adds this rank's part of a sum that its caller began.
+    """
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, bias: bool = False, reduces: bool = True
+    ) -> None:
         super().__init__()
-        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
+        inner = equal_shard(intermediate_size, "the intermediate size")
+        self.up_proj = ColumnLinear(hidden_size, inner, bias=bias)
+        alone = {"begins": reduces, "reduces": reduces}
+        self.down_proj = RowLinear(inner, hidden_size, bias=bias, **alone)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Add the block's output for ``x`` to ``residual`` in place; both ``[rows, hidden]``."""

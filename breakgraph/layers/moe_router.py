@@ -3,9 +3,9 @@
 A router knows nothing of padding: a padded row, whatever it holds, gets experts and weights of
 its own and the dispatch drops them. Shapes are static and nothing is read back from the device.
 
-The choices are those of transformers: Qwen3-MoE and Qwen3-Next take the top of a softmax, the
-NemotronH router the top of a sigmoid with a correction bias and groups of experts, as DeepSeek-V3
-does (Liu et al., 2024). Weights stay float32.
+The choices are those of transformers: Qwen3-MoE and Qwen3-Next take the top of a softmax,
+DeepSeek-V2 of a softmax within groups, the NemotronH router the top of a sigmoid with a correction
+bias and groups of experts, as DeepSeek-V3 does (Liu et al., 2024). Weights stay float32.
 """
 
 from __future__ import annotations
@@ -47,6 +47,47 @@ class SoftmaxRouter(nn.Module):
         return logits.softmax(-1, dtype=torch.float32).topk(self.top_k, sorted=False)
 
 
+class GroupedSoftmaxRouter(nn.Module):
+    """The ``top_k`` experts of a softmax over all, within the groups of the most probable ones.
+
+    Logits are float32 whatever the dtype of the weights.
+
+    Args:
+        num_groups: equal parts, in order, that the experts are divided into.
+        groups_kept: how many of them a row may choose from: those with the best single experts.
+        scale: factor on the weights, which are not made to sum to 1.
+
+    Raises:
+        ValueError: the numbers do not fit together.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        num_groups: int,
+        groups_kept: int,
+        scale: float,
+    ) -> None:
+        super().__init__()
+        _check_top_k(top_k, num_experts)
+        _check_groups(top_k, num_experts, num_groups, groups_kept)
+        self.weight = weight_parameter(num_experts, hidden_size)
+        self.top_k, self.scale = top_k, scale
+        self.num_groups, self.groups_kept = num_groups, groups_kept
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route ``x: [rows, hidden]``; returns what ``SoftmaxRouter.forward`` does."""
+        scores = float32_product(x, self.weight).softmax(-1)
+        if self.groups_kept < self.num_groups:
+            best = scores.unflatten(1, (self.num_groups, -1)).amax(-1)
+            scores = _within_best_groups(scores, best, self.groups_kept, 0.0)
+        weights, experts = scores.topk(self.top_k, sorted=False)
+        return weights.mul_(self.scale), experts
+
+
 class SigmoidRouter(nn.Module):
     """The ``top_k`` experts by sigmoid score plus correction bias, weighted by score alone.
 
@@ -78,20 +119,7 @@ class SigmoidRouter(nn.Module):
     ) -> None:
         super().__init__()
         _check_top_k(top_k, num_experts)
-        if num_experts % num_groups or not 1 <= groups_kept <= num_groups:
-            raise ValueError(
-                f"{num_experts} experts cannot be routed in n_group {num_groups} groups of which "
-                f"topk_group {groups_kept} are kept"
-            )
-        if groups_kept < num_groups and num_experts < 2 * num_groups:
-            raise ValueError(
-                f"{num_experts} experts in n_group {num_groups} leave a group fewer than the two "
-                "experts it is scored by"
-            )
-        if top_k > groups_kept * (num_experts // num_groups):
-            raise ValueError(
-                f"num_experts_per_tok {top_k} is more than topk_group {groups_kept} groups hold"
-            )
+        _check_groups(top_k, num_experts, num_groups, groups_kept, scored_by=2)
         self.weight = weight_parameter(num_experts, hidden_size)
         self.e_score_correction_bias = weight_parameter(num_experts)
         self.top_k = top_k
@@ -114,11 +142,8 @@ class SigmoidRouter(nn.Module):
         """``choice``, with -inf for the experts of groups that a row may not choose from."""
         if self.groups_kept == self.num_groups:
             return choice
-        grouped = choice.unflatten(1, (self.num_groups, -1))
-        best = grouped.topk(2, sorted=False)[0].sum(-1)
-        groups = best.topk(self.groups_kept, sorted=False)[1]
-        dropped = torch.ones_like(best, dtype=torch.bool).scatter_(1, groups, False)
-        return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
+        best = choice.unflatten(1, (self.num_groups, -1)).topk(2, sorted=False)[0].sum(-1)
+        return _within_best_groups(choice, best, self.groups_kept, float("-inf"))
 
 
 def float32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -130,6 +155,36 @@ def float32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.is_cuda and x.dtype.itemsize == 2 and weight.dtype == x.dtype:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     return F.linear(x.float(), weight.float())
+
+
+def _within_best_groups(
+    scores: torch.Tensor, best: torch.Tensor, kept: int, dropped_score: float
+) -> torch.Tensor:
+    """``scores: [rows, experts]``, with ``dropped_score`` for the experts of all groups but the
+    ``kept`` ones that ``best: [rows, groups]`` ranks first."""
+    groups = best.topk(kept, sorted=False)[1]
+    dropped = torch.ones_like(best, dtype=torch.bool).scatter_(1, groups, False)
+    grouped = scores.unflatten(1, (best.shape[1], -1))
+    return grouped.masked_fill(dropped.unsqueeze(-1), dropped_score).flatten(1)
+
+
+def _check_groups(
+    top_k: int, num_experts: int, num_groups: int, groups_kept: int, scored_by: int = 1
+) -> None:
+    if num_experts % num_groups or not 1 <= groups_kept <= num_groups:
+        raise ValueError(
+            f"{num_experts} experts cannot be routed in n_group {num_groups} groups of which "
+            f"topk_group {groups_kept} are kept"
+        )
+    if groups_kept < num_groups and num_experts < scored_by * num_groups:
+        raise ValueError(
+            f"{num_experts} experts in n_group {num_groups} leave a group fewer than the two "
+            "experts it is scored by"
+        )
+    if top_k > groups_kept * (num_experts // num_groups):
+        raise ValueError(
+            f"num_experts_per_tok {top_k} is more than topk_group {groups_kept} groups hold"
+        )
 
 
 def _check_top_k(top_k: int, num_experts: int) -> None:

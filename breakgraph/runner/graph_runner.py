@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from breakgraph.attention.base import AttentionBackend
+from breakgraph.distributed import SINGLE, TensorParallelGroup
 from breakgraph.forward import ForwardBatch, LayerInputs, forward_context
 from breakgraph.graph import (
     BreakableCUDAGraph,
@@ -61,6 +62,7 @@ class GraphRunner(ABC):
         pool: graph memory, shared by runners that are given the same.
         breaks: whether what is marked ``eager_on_graph`` breaks the graphs.
         debug: make the whole stack one break of the graph, so that its Python runs every time.
+        group: the ranks that run the same forwards, each a part of the stack.
     """
 
     phase: ClassVar[str]
@@ -83,10 +85,12 @@ class GraphRunner(ABC):
         pool: Any,
         breaks: bool = True,
         debug: bool = False,
+        group: TensorParallelGroup = SINGLE,
     ) -> None:
         self.buffers, self.attn_backend, self.buckets = buffers, attn_backend, tuple(buckets)
         self.pool = pool
         self.debug = debug
+        self.group = group
         self._stack, self._device = stack, device
         self._context_length, self._breaks = context_length, breaks or debug
         self._output = torch.zeros(self.buckets[-1], hidden_size, dtype=dtype, device=device)
@@ -134,7 +138,9 @@ class GraphRunner(ABC):
         self._warm_up()
         gc.collect()
         description = f"capturing {self.phase} graphs"
-        with tqdm(self.buckets[::-1], desc=description, unit="bucket") as progress:
+        silent = not self.group.is_first
+        ladder = tqdm(self.buckets[::-1], desc=description, unit="bucket", disable=silent)
+        with self.group.capturing(), ladder as progress:
             for bucket in progress:
                 progress.set_postfix_str(f"{bucket} {self.unit}s, {self._memory_text()}")
                 self.graphs[bucket] = self._capture_bucket(bucket)
@@ -154,6 +160,11 @@ class GraphRunner(ABC):
             self.capture_seconds,
             self.memory_bytes / 1e9,
         )
+
+    def drop(self) -> None:
+        """Let go of what was captured."""
+        self.graphs.clear()
+        self._outputs.clear()
 
     def run_eagerly(self, batch: ForwardBatch) -> None:
         """The same forward without a graph, over the same buffers."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from breakgraph.distributed import SINGLE, TensorParallelGroup
 from breakgraph.forward import DecodeInputs, ForwardBatch, HostStaging, LayerInputs
 
 Embed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -34,6 +35,25 @@ class FilledBatch:
     logprob_targets: torch.Tensor | None
 
 
+def compute_local_num_token_non_padded(
+    global_count: int, num_tokens_per_rank: int, rank: int, size: int
+) -> int:
+    """How many of the rows that ``rank`` has are real, where ``size`` ranks divide a batch.
+
+    Rank 0 has the first ``num_tokens_per_rank`` rows, rank 1 the next, and ``global_count`` rows
+    are real, the leading ones: so 0 to ``num_tokens_per_rank``.
+
+    Raises:
+        ValueError: there is no such rank, or the rows are fewer than the real ones.
+    """
+    if not 0 <= rank < size or not 0 <= global_count <= size * num_tokens_per_rank:
+        raise ValueError(
+            f"{global_count} real rows cannot be divided into {num_tokens_per_rank} for each of "
+            f"{size} ranks, of which one is {rank}"
+        )
+    return min(max(global_count - rank * num_tokens_per_rank, 0), num_tokens_per_rank)
+
+
 class PrefillInputBuffers:
     """The static inputs of a prefill, or of any batch that attends by the extend path.
 
@@ -46,6 +66,7 @@ class PrefillInputBuffers:
         dtype: their type.
         device: where the model is.
         embed: writes the embeddings of int64 ``[rows]`` ids into ``[rows, hidden_size]``.
+        group: ranks that may divide rows, of which each then counts its own real ones.
     """
 
     columns = 3
@@ -59,13 +80,14 @@ class PrefillInputBuffers:
         dtype: torch.dtype,
         device: torch.device,
         embed: Embed,
+        group: TensorParallelGroup = SINGLE,
     ) -> None:
         self.max_tokens, self.max_requests = max_tokens, max_requests
         # One copy a forward: the columns of `rows` each, the count of real rows, then what the
         # eager tail needs, of which log-probability targets are a column at most.
         self._staging = HostStaging((self.columns + 1) * max_tokens + 1 + 2 * max_requests, device)
         self._hidden = torch.zeros(max_tokens, hidden_size, dtype=dtype, device=device)
-        self._embed = embed
+        self._embed, self._group = embed, group
         self._inputs: dict[int, LayerInputs] = {}
 
     def tensors(self) -> list[torch.Tensor]:
@@ -90,7 +112,7 @@ class PrefillInputBuffers:
             host[column * rows : column * rows + tokens] = values
             host[column * rows + tokens : (column + 1) * rows] = padding
         count = self.columns * rows
-        host[count] = tokens
+        host[count] = self._real_rows(tokens, rows)
         lens, last = count + 1, count + 1 + requests
         end = last + requests
         host[lens:last] = batch.extend_lens
@@ -111,6 +133,14 @@ class PrefillInputBuffers:
             last_rows=device[last : last + requests],
             logprob_targets=None if batch.logprob_targets is None else device[last + requests :],
         )
+
+    def _real_rows(self, tokens: int, rows: int) -> int:
+        """``num_token_non_padded`` of this rank."""
+        group = self._group
+        if not group.scatters_rows:
+            return compute_local_num_token_non_padded(tokens, rows, 0, 1)
+        share = group.rows_of_rank(rows)
+        return compute_local_num_token_non_padded(tokens, share, group.rank, group.size)
 
     def inputs(self, rows: int) -> LayerInputs:
         """The buffers as the layer stack sees them for ``rows`` rows."""
