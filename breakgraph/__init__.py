@@ -21,6 +21,7 @@ _HOME = {
     "eager_on_graph": "graph",
     "enable_breakable_cuda_graph": "graph",
     "is_in_breakable_cuda_graph": "graph",
+    "wrap": "engine",
 }
 
 __all__ = [*_HOME, "__version__"]

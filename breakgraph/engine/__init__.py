@@ -8,6 +8,7 @@ from breakgraph.engine.results import GenerateResult, PrefillResult
 from breakgraph.engine.sampling_params import SamplingParams
 from breakgraph.engine.statistics import LastPrefill, Statistics
 from breakgraph.engine.stream import Output, Stream
+from breakgraph.engine.wrapping import wrap
 
 __all__ = [
     "AsyncEngine",
@@ -24,4 +25,5 @@ __all__ = [
     "Statistics",
     "Stream",
     "TokenLogprob",
+    "wrap",
 ]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from breakgraph.distributed.watch import RankFailedError
 from breakgraph.engine.engine import Engine
 from breakgraph.engine.errors import EngineDeadError, QueueFullError, RequestFailedError
 from breakgraph.engine.request import Request, Want
@@ -21,6 +22,7 @@ from breakgraph.engine.sampling_params import SamplingParams
 from breakgraph.engine.scheduler import Scheduler, Update
 from breakgraph.engine.statistics import LastPrefill
 from breakgraph.engine.stream import Output, Stream, Waiter, wake
+from breakgraph.runner.verification import OUTCOMES
 from breakgraph.server_args import ServerArgs
 
 __all__ = ["AsyncEngine", "EngineSnapshot", "Output", "Stream"]
@@ -48,6 +50,9 @@ class EngineSnapshot:
         free_kv_tokens: slots that a new request could have, cached ones nobody uses with them.
         used_kv_tokens: slots that running requests hold.
         cached_kv_tokens: slots in the prefix cache, in use or not.
+        verifications: replayed prefills that ran eagerly too, by outcome: same, different, or
+            skipped where there was no memory for it.
+        buckets_out_of_service: prefill buckets that gave other results than an eager forward.
         last_prefill: the latest prefill forward; None before the first.
     """
 
@@ -66,6 +71,8 @@ class EngineSnapshot:
     free_kv_tokens: int
     used_kv_tokens: int
     cached_kv_tokens: int
+    verifications: dict[str, int]
+    buckets_out_of_service: int
     last_prefill: LastPrefill | None
 
 
@@ -125,6 +132,7 @@ class AsyncEngine:
             self._changed.notify()
         if self._thread is not None:
             self._thread.join()
+        self.runner.stop_ranks()
 
     def submit(
         self,
@@ -178,7 +186,7 @@ class AsyncEngine:
     def snapshot(self) -> EngineSnapshot:
         """How the engine is doing; cheap, from any thread."""
         scheduler = self._scheduler
-        kv, statistics = scheduler.kv, scheduler.statistics
+        kv, statistics, verifier = scheduler.kv, scheduler.statistics, self.runner.verifier
         available = kv.available_pages * kv.page_size
         return EngineSnapshot(
             queued=len(scheduler.waiting) + len(self._new),
@@ -196,6 +204,8 @@ class AsyncEngine:
             free_kv_tokens=available,
             used_kv_tokens=self.runner.slots.num_tokens - available,
             cached_kv_tokens=0 if kv.cache is None else kv.cache.cached_tokens,
+            verifications=dict.fromkeys(OUTCOMES, 0) if verifier is None else verifier.outcomes,
+            buckets_out_of_service=0 if verifier is None else len(verifier.mismatches),
             last_prefill=statistics.last_prefill,
         )
 
@@ -246,6 +256,7 @@ class AsyncEngine:
         try:
             while self._receive():
                 self._deliver(self._scheduler.step())
+                self._scheduler.verify()
         except BaseException as error:
             self._die(error)
 
@@ -305,7 +316,9 @@ class AsyncEngine:
 
 
 def _is_fatal(error: BaseException) -> bool:
-    """Whether the device is lost: after most CUDA errors every later call fails too."""
+    """Whether a rank is lost, or the device: after most CUDA errors every later call fails too."""
     if isinstance(error, torch.OutOfMemoryError):
         return False
+    if isinstance(error, RankFailedError):
+        return True
     return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)

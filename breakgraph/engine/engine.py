@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from breakgraph.distributed import CollectiveError
+from breakgraph.distributed.lockstep import follow
+from breakgraph.distributed.ranks import Ranks, start_ranks
 from breakgraph.engine.admission import Admission
 from breakgraph.engine.dry_run import dry_run
 from breakgraph.engine.request import Request, Want
@@ -27,6 +30,7 @@ from breakgraph.engine.statistics import Statistics
 from breakgraph.engine.stopping import TextStream
 from breakgraph.engine.tokenization import Prompt, PromptEncoder, end_token_ids, load_tokenizer
 from breakgraph.models.checkpoint import read_json
+from breakgraph.models.transformers_impl import TransformersModel
 from breakgraph.runner.model_runner import ModelRunner
 from breakgraph.server_args import ServerArgs
 
@@ -44,11 +48,19 @@ class Engine:
         statistics: what has been done since the start.
     """
 
-    def __init__(self, server_args: ServerArgs | None = None, **flags: Any) -> None:
+    def __init__(
+        self,
+        server_args: ServerArgs | None = None,
+        *,
+        model: TransformersModel | None = None,
+        tokenizer: Any | None = None,
+        **flags: Any,
+    ) -> None:
         """Load the model and capture its graphs.
 
         Args:
             server_args: the flags as one object, or
+            model, tokenizer: those to use, in place of what the flags name; see ``wrap``.
             **flags: as keywords, named as the attributes of ``ServerArgs``.
 
         Raises:
@@ -58,13 +70,24 @@ class Engine:
         if server_args is not None and flags:
             raise TypeError(f"give server_args or keywords, not both: {', '.join(flags)}")
         self.args = ServerArgs(**flags) if server_args is None else server_args
-        read_json(Path(self.args.model_path) / "config.json")  # no folder: said before anything
-        self.tokenizer = load_tokenizer(self.args)  # seconds: before the weights and the graphs
-        self._runner: ModelRunner | None = ModelRunner(self.args)
-        runner = self._runner
+        if model is None:
+            read_json(Path(self.args.model_path) / "config.json")  # no folder: said before all
+        elif self.args.tp_size > 1:
+            raise ValueError("a model that is loaded already cannot be divided; leave out tp_size")
+        self._ranks = start_ranks(self.args)
+        try:
+            # Seconds: before the weights and the graphs.
+            self.tokenizer = load_tokenizer(self.args) if tokenizer is None else tokenizer
+            runner = self._make_runner(model)
+        except BaseException:
+            self._ranks.close()
+            raise
+        self._runner: ModelRunner | None = runner
         self.statistics = Statistics()
         self.encoder = PromptEncoder(self.tokenizer, runner.vocab_size)
         end_ids = end_token_ids(self.args.model_path, runner.model.config, self.tokenizer)
+        if model is not None:
+            end_ids = model.end_token_ids or end_ids
         self._admission: Admission | None = Admission(runner, self.tokenizer, end_ids)
         self._scheduler: Scheduler | None = Scheduler(
             runner,
@@ -73,6 +96,23 @@ class Engine:
             statistics=self.statistics,
         )
         self._lock = threading.Lock()
+
+    def _make_runner(self, model: TransformersModel | None) -> ModelRunner:
+        """This rank's; one that torchrun started to follow another does so now, and exits."""
+        ranks: Ranks = self._ranks
+        try:
+            runner = ModelRunner(self.args, model=model, ranks=ranks)
+        except CollectiveError as error:
+            if ranks.watch is None:
+                raise
+            raise ranks.watch.explain(error) from error
+        if ranks.watch is not None:
+            ranks.watch.busy = False
+        if not ranks.group.is_first:
+            follow(ranks, runner)
+            ranks.close()
+            raise SystemExit(0)
+        return runner
 
     @property
     def runner(self) -> ModelRunner:
@@ -91,6 +131,8 @@ class Engine:
         with self._lock:
             runner, self._runner = self._runner, None
             self._admission = self._scheduler = None
+        if runner is not None:
+            runner.stop_ranks()
         if runner is not None and runner.device.type == "cuda":
             del runner
             gc.collect()
@@ -244,6 +286,7 @@ class Engine:
                         if update.request.error is not None:
                             raise update.request.error
                         bar.update(update.request.finish_reason is not None)
+            scheduler.verify()
         finally:
             scheduler.abort_all()
             scheduler.kv.flush()

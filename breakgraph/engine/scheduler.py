@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from breakgraph.engine.request import FinishReason, Request, TokenLogprob
 from breakgraph.engine.statistics import LastPrefill, Statistics
 from breakgraph.forward import ForwardMode
 from breakgraph.memory import KVSpace
+
+if TYPE_CHECKING:
+    from breakgraph.runner.verification import Verification
 
 MAX_PREFILLS = 4
 """Prefill forwards, of a full one's tokens at most together, before the running decode again."""
@@ -80,6 +84,7 @@ class Scheduler:
         self._clock = Clock(runner.device)
         self._prefills = self._prefill_tokens = 0  # since the last decode
         self._long_first = False
+        self._verification: Verification | None = None  # due, of the last forward
 
     @property
     def has_work(self) -> bool:
@@ -119,6 +124,7 @@ class Scheduler:
         A forward that raises ends its requests with "error", the exception in ``error``; the
         others go on.
         """
+        self.verify()
         updates: list[Update] = []
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():
             updates += self.abort(heapq.heappop(self._deadlines)[2], "deadline")
@@ -132,6 +138,16 @@ class Scheduler:
             ended = [Update(r) for r in requests if r.finish_reason is not None]
             failed = [self._fail(r, error) for r in requests if r.finish_reason is None]
             return updates + ended + failed
+
+    def verify(self) -> None:
+        """Run the last forward's eager check, if it is due: call it when its news are delivered.
+
+        The next step would do so first of all: planning it may put other states in the rows that
+        the check looks at.
+        """
+        check, self._verification = self._verification, None
+        if check is not None:
+            check()
 
     # Planning.
 
@@ -298,6 +314,7 @@ class Scheduler:
 
     def _run(self, pieces: Sequence[Piece], mode: ForwardMode) -> list[Update]:
         result, outputs = run_forward(self._runner, pieces, mode, self._clock)
+        self._verification = result.verification
         is_prefill, stateful = mode is ForwardMode.PREFILL, self.kv.states is not None
         for piece in pieces:
             request = piece.request

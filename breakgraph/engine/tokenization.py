@@ -34,7 +34,9 @@ def load_tokenizer(args: ServerArgs) -> Any | None:
 
     path = args.tokenizer_path or args.model_path
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=args.trust_remote_code
+        )
     except Exception as error:  # a broken file raises whatever its parser does
         cause = str(error).partition("\n")[0]
         raise ValueError(

@@ -148,7 +148,8 @@ class LayerInputs:
         hidden_states: ``[rows, hidden_size]``, the embedded tokens.
         positions: int64 ``[rows]``.
         out_cache_loc: int64 ``[rows]``; padded rows hold the reserved slot 0.
-        num_token_non_padded: int32 ``[1]``, how many leading rows are real.
+        num_token_non_padded: int32 ``[1]``, how many leading rows are real; of this rank's rows
+            where ranks divide them (``--moe-scatter``).
     """
 
     hidden_states: torch.Tensor

@@ -48,12 +48,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """``config.json`` as transformers understands it. Raises ModelLoadError."""
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """``config.json`` as transformers understands it; code of the folder's own runs only with
+    ``trust_remote_code``. Raises ModelLoadError."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        return AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # transformers raises what its validators raise, of any class
         raise ModelLoadError(
             f"{folder / 'config.json'} is not a config transformers accepts: {error}"
@@ -107,15 +110,15 @@ def match_tensors(
     for shard in shards:
         names = by_shard[shard] = {}
         for name, shape in _shapes(shard).items():
-            slot = name
+            renamed = name
             for pattern, replacement in renames:
-                slot = re.sub(pattern, replacement, slot)
-            slot = slot if slot in slots else STACK_PREFIX + slot
+                renamed = re.sub(pattern, replacement, renamed)
+            slot = renamed if renamed in slots else STACK_PREFIX + renamed
             if slot in slots and slot not in found:
                 found[slot] = names[name] = slot
                 if shape != slots[slot].shape:
                     misshapen.append(f"{name} {shape}, not {slots[slot].shape}")
-            elif not (_HARMLESS.search(name) or (accept_lm_head and name == "lm_head.weight")):
+            elif not (_HARMLESS.search(renamed) or (accept_lm_head and name == "lm_head.weight")):
                 left_over.append(f"{name} {shape}")
     missing = [f"{name} {slot.shape}" for name, slot in slots.items() if name not in found]
     problems = {"missing": missing, "left over": left_over, "misshapen": misshapen}
@@ -130,16 +133,37 @@ def match_tensors(
 def copy_tensors(
     shard: Path, names: Mapping[str, str], slots: Mapping[str, CheckpointSlot]
 ) -> None:
-    """Read tensors of a shard straight to their slots' device, cast and copy them in."""
-    if not names:
+    """Read tensors of a shard straight to their slots' device, cast and copy them in.
+
+    Of a tensor that is divided among ranks only this rank's part is read.
+    """
+    targets = [slot.target for slot in slots.values() if slot.target is not None]
+    if not names or not targets:
         return
-    device = next(iter(slots.values())).target.device
-    with _opened(shard, device) as file:
+    with _opened(shard, targets[0].device) as file:
         for name, slot in names.items():
-            tensor, order = file.get_tensor(name), slots[slot].order
-            if order is not None:
-                tensor = tensor[order.to(device)]
-            slots[slot].target.copy_(tensor)
+            place = slots[slot]
+            if place.target is not None:
+                _copy_into(place, place.target, file, name)
+
+
+def _copy_into(slot: CheckpointSlot, target: torch.Tensor, file: Any, name: str) -> None:
+    if slot.columns is not None:
+        target.copy_(file.get_slice(name)[:, slot.columns])
+        return
+    if not slot.rows:
+        tensor = file.get_tensor(name)
+        target.copy_(tensor if slot.order is None else tensor[slot.order.to(tensor.device)])
+        return
+    whole = file.get_slice(name)
+    if slot.order is not None:
+        tensor = torch.cat([whole[rows] for rows in slot.rows])
+        target.copy_(tensor[slot.order.to(tensor.device)])
+        return
+    sizes = [rows.stop - rows.start for rows in slot.rows]
+    for part, rows in zip(target.split(sizes), slot.rows, strict=True):
+        if len(part):
+            part.copy_(whole[rows])
 
 
 def _shapes(shard: Path) -> dict[str, tuple[int, ...]]:

@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from breakgraph.attention import Attention
+from breakgraph.distributed import current_group, kv_shard
 from breakgraph.forward import LayerInputs
 from breakgraph.layers import (
     Embedding,
     GatedMLP,
-    Linear,
     PackedLinear,
     QwenSparseMoe,
     RMSNorm,
     RotaryEmbedding,
+    RowLinear,
     rotate_and_store,
 )
 from breakgraph.models.base import CausalLM, LayerStack, PrefillModel, SequenceClassifier
@@ -42,21 +43,23 @@ class DenseVariant:
 
 
 class DenseAttention(nn.Module):
-    """Fused q, k and v projection, head norm, rotation, attention and output projection."""
+    """Fused q, k and v projection, head norm, rotation, attention and output projection.
 
-    def __init__(self, config: PreTrainedConfig, variant: DenseVariant) -> None:
+    Without ``reduces``, ``forward`` gives this rank's part of a sum over the ranks.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, variant: DenseVariant, *, reduces: bool = True
+    ) -> None:
         super().__init__()
-        hidden, heads, kv_heads = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-        )
-        head_dim = head_size(config)
+        hidden, head_dim = config.hidden_size, head_size(config)
+        queries, keys = kv_shard(config.num_attention_heads, config.num_key_value_heads)
+        heads, kv_heads = queries.size, keys.size
         self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads, head_dim
         parts = {
-            "q_proj": heads * head_dim,
-            "k_proj": kv_heads * head_dim,
-            "v_proj": kv_heads * head_dim,
+            "q_proj": queries.of(head_dim),
+            "k_proj": keys.of(head_dim),
+            "v_proj": keys.of(head_dim),
         }
         self.qkv_proj = PackedLinear(hidden, parts, bias=variant.qkv_bias)
         self.q_norm = self.k_norm = None
@@ -64,7 +67,8 @@ class DenseAttention(nn.Module):
             self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.attn = Attention(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
-        self.o_proj = Linear(heads * head_dim, hidden, bias=variant.output_bias)
+        bias = variant.output_bias
+        self.o_proj = RowLinear(queries.of(head_dim), hidden, bias=bias, reduces=reduces)
 
     def forward(
         self,
@@ -88,10 +92,12 @@ class DenseLayer(nn.Module):
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(hidden, eps)
-        self.self_attn = DenseAttention(config, variant)
+        sparse = variant.experts and is_sparse(config, index)
+        scattered = sparse and current_group().scatters_rows
+        self.self_attn = DenseAttention(config, variant, reduces=not scattered)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
         self.mlp: GatedMLP | QwenSparseMoe
-        if variant.experts and is_sparse(config, index):
+        if sparse:
             self.mlp = QwenSparseMoe(config)
         else:
             self.mlp = GatedMLP(hidden, config.intermediate_size, bias=variant.mlp_bias)
@@ -101,10 +107,11 @@ class DenseLayer(nn.Module):
     ) -> torch.Tensor:
         x = self.input_layernorm(residual)
         residual = self.self_attn(x, residual, cos_sin, inputs.out_cache_loc)
-        x = self.post_attention_layernorm(residual)
         if isinstance(self.mlp, GatedMLP):
-            return self.mlp(x, residual)
-        return self.mlp(x, residual, inputs.num_token_non_padded)
+            return self.mlp(self.post_attention_layernorm(residual), residual)
+        residual = self.mlp.scatter(residual)
+        x = self.post_attention_layernorm(residual)
+        return self.mlp(x, residual, inputs.num_token_non_padded, len(inputs.positions))
 
 
 class DenseStack(LayerStack):

@@ -13,8 +13,9 @@ from torch import nn
 
 from breakgraph.attention import Attention
 from breakgraph.attention.mamba2 import Mamba2Mixer
+from breakgraph.distributed import kv_shard
 from breakgraph.forward import LayerInputs
-from breakgraph.layers import Embedding, Linear, NemotronHMoe, PackedLinear, PlainMLP, RMSNorm
+from breakgraph.layers import Embedding, NemotronHMoe, PackedLinear, PlainMLP, RMSNorm, RowLinear
 from breakgraph.models.base import CausalLM, LayerStack, PrefillModel
 
 if TYPE_CHECKING:
@@ -27,16 +28,17 @@ class NemotronHAttention(nn.Module):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         hidden, head_dim = config.hidden_size, config.head_dim
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        queries, keys = kv_shard(config.num_attention_heads, config.num_key_value_heads)
+        heads, kv_heads = queries.size, keys.size
         self._heads, self._head_dim = [heads, kv_heads, kv_heads], head_dim
         parts = {
-            "q_proj": heads * head_dim,
-            "k_proj": kv_heads * head_dim,
-            "v_proj": kv_heads * head_dim,
+            "q_proj": queries.of(head_dim),
+            "k_proj": keys.of(head_dim),
+            "v_proj": keys.of(head_dim),
         }
         self.qkv_proj = PackedLinear(hidden, parts)
         self.attn = Attention(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
-        self.o_proj = Linear(heads * head_dim, hidden)
+        self.o_proj = RowLinear(queries.of(head_dim), hidden)
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor, out_cache_loc: torch.Tensor

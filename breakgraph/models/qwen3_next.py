@@ -13,15 +13,16 @@ from torch import nn
 
 from breakgraph.attention import Attention
 from breakgraph.attention.gated_delta import GatedDeltaNet
+from breakgraph.distributed import current_group, kv_shard
 from breakgraph.forward import LayerInputs
 from breakgraph.layers import (
     Embedding,
     GatedMLP,
-    Linear,
     PackedLinear,
     QwenSparseMoe,
     RMSNorm,
     RotaryEmbedding,
+    RowLinear,
     rotate_and_store,
 )
 from breakgraph.models.base import CausalLM, LayerStack, PrefillModel
@@ -32,27 +33,31 @@ if TYPE_CHECKING:
 
 
 class GatedAttention(nn.Module):
-    """Attention whose output is multiplied by the sigmoid of a gate, projected with the queries."""
+    """Attention whose output is multiplied by the sigmoid of a gate, projected with the queries.
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    Without ``reduces``, ``forward`` gives this rank's part of a sum over the ranks.
+    """
+
+    def __init__(self, config: PreTrainedConfig, *, reduces: bool = True) -> None:
         super().__init__()
         hidden, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        queries, keys = kv_shard(config.num_attention_heads, config.num_key_value_heads)
+        heads, kv_heads = queries.size, keys.size
         self._heads, self._head_dim = [heads, heads, kv_heads, kv_heads], head_dim
         parts = {
-            "q_proj": 2 * heads * head_dim,
-            "k_proj": kv_heads * head_dim,
-            "v_proj": kv_heads * head_dim,
+            "q_proj": queries.of(2 * head_dim),
+            "k_proj": keys.of(head_dim),
+            "v_proj": keys.of(head_dim),
         }
         # A checkpoint has each head's query and gate together.
         with torch.device("cpu"):
-            paired = torch.arange(parts["q_proj"]).view(heads, 2, head_dim)
+            paired = torch.arange(heads * 2 * head_dim).view(heads, 2, head_dim)
         order = paired.transpose(0, 1).flatten()
         self.qkv_proj = PackedLinear(hidden, parts, bias=bias, orders={"q_proj": order})
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, offset=1.0)
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, offset=1.0)
         self.attn = Attention(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
-        self.o_proj = Linear(heads * head_dim, hidden, bias=bias)
+        self.o_proj = RowLinear(queries.of(head_dim), hidden, bias=bias, reduces=reduces)
 
     def forward(
         self,
@@ -77,11 +82,12 @@ class Qwen3NextLayer(nn.Module):
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(hidden, eps, offset=1.0)
+        reduces = not (is_sparse(config, index) and current_group().scatters_rows)
         self.linear_attn = self.self_attn = None
         if config.layer_types[index] == "linear_attention":
-            self.linear_attn = GatedDeltaNet(config)
+            self.linear_attn = GatedDeltaNet(config, reduces=reduces)
         else:
-            self.self_attn = GatedAttention(config)
+            self.self_attn = GatedAttention(config, reduces=reduces)
         self.post_attention_layernorm = RMSNorm(hidden, eps, offset=1.0)
         self.mlp: QwenSparseMoe | GatedMLP
         if is_sparse(config, index):
@@ -97,10 +103,11 @@ class Qwen3NextLayer(nn.Module):
             residual = self.linear_attn(x, residual)
         elif self.self_attn is not None:
             residual = self.self_attn(x, residual, cos_sin, inputs.out_cache_loc)
-        x = self.post_attention_layernorm(residual)
         if isinstance(self.mlp, GatedMLP):
-            return self.mlp(x, residual)
-        return self.mlp(x, residual, inputs.num_token_non_padded)
+            return self.mlp(self.post_attention_layernorm(residual), residual)
+        residual = self.mlp.scatter(residual)
+        x = self.post_attention_layernorm(residual)
+        return self.mlp(x, residual, inputs.num_token_non_padded, len(inputs.positions))
 
 
 class Qwen3NextStack(LayerStack):

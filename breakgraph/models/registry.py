@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from breakgraph.models import dense, nemotron_h, qwen3_next
+from breakgraph.models import deepseek, dense, nemotron_h, qwen3_next
 from breakgraph.models.base import PrefillModel
 
 _CLASSES: tuple[type[PrefillModel], ...] = (
@@ -19,6 +19,10 @@ _CLASSES: tuple[type[PrefillModel], ...] = (
     dense.Qwen3Model,
     dense.Qwen3MoeForCausalLM,
     dense.Qwen3MoeModel,
+    deepseek.DeepseekV2ForCausalLM,
+    deepseek.DeepseekV2Model,
+    deepseek.DeepseekV3ForCausalLM,
+    deepseek.DeepseekV3Model,
     nemotron_h.NemotronHForCausalLM,
     nemotron_h.NemotronHModel,
     qwen3_next.Qwen3NextForCausalLM,

@@ -24,9 +24,15 @@ from breakgraph.models.checkpoint import (
     read_json,
 )
 from breakgraph.models.registry import find_model_class
+from breakgraph.models.transformers_impl.loading import (
+    ModelImpl,
+    default_dtype,
+    load_transformers_model,
+    runs_transformers_class,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    pass
 
 __all__ = ["ModelLoadError", "load_model"]
 
@@ -40,6 +46,8 @@ def load_model(
     device: torch.device | str = "cpu",
     load_format: LoadFormat = "auto",
     random_seed: int = 0,
+    model_impl: ModelImpl = "auto",
+    trust_remote_code: bool = False,
 ) -> PrefillModel:
     """Build the model of a local folder and fill its weights.
 
@@ -50,14 +58,26 @@ def load_model(
         device: where the weights go.
         load_format: ``"dummy"`` fills the weights at random and needs ``config.json`` alone.
         random_seed: of the dummy weights; the same on one kind of device gives the same weights.
+        model_impl: ``"native"`` runs what ``MODELS`` names, ``"transformers"`` the class of
+            transformers, and ``"auto"`` the latter where the former has none.
+        trust_remote_code: run a model's own code, which comes with the folder.
 
     Raises:
         ModelLoadError: the folder, its config or its weights cannot be used; says why.
     """
     folder = Path(model_path)
     device = torch.empty(0, device=device).device  # "cuda" becomes the current device's index
+    if runs_transformers_class(folder, model_impl):
+        return load_transformers_model(
+            folder,
+            dtype=dtype,
+            device=device,
+            dummy=load_format == "dummy",
+            random_seed=random_seed,
+            trust_remote_code=trust_remote_code,
+        )
     model = _build(folder)
-    dtype = dtype or _default_dtype(model.config, device)
+    dtype = dtype or default_dtype(model.config, device)
     if load_format == "dummy":
         _allocate(model, dtype, device)
         _fill_randomly(model, device, random_seed)
@@ -85,12 +105,17 @@ def checkpoint_slots(model: nn.Module) -> dict[str, CheckpointSlot]:
             own = module.checkpoint_slots()
         else:
             parent = path
+            place = getattr(module, "checkpoint_slot", _whole)
             own = {
-                name: CheckpointSlot(parameter.detach(), tuple(parameter.shape))
+                name: place(name, parameter.detach())
                 for name, parameter in module.named_parameters(recurse=False)
             }
         slots |= {f"{parent}.{name}".lstrip("."): slot for name, slot in own.items()}
     return slots
+
+
+def _whole(name: str, tensor: torch.Tensor) -> CheckpointSlot:
+    return CheckpointSlot(tensor, tuple(tensor.shape))
 
 
 def _build(folder: Path) -> PrefillModel:
@@ -111,13 +136,9 @@ def _build(folder: Path) -> PrefillModel:
     except ModelLoadError:
         raise
     except (ValueError, AttributeError) as error:  # AttributeError: a config of another model
-        raise ModelLoadError(f"{path}: {error}") from error
-
-
-def _default_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype:
-    named = config.dtype or torch.float32
-    dtype: torch.dtype = getattr(torch, named) if isinstance(named, str) else named
-    return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 else dtype
+        raise ModelLoadError(
+            f"{path}: {error}; --model-impl transformers runs the class of transformers instead"
+        ) from error
 
 
 def _allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
