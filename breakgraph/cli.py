@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from breakgraph import __version__
 from breakgraph.evaluation.questions import Question, is_right, read_questions
+from breakgraph.inspection import command as inspection
 from breakgraph.server_args import FlagParser, ServerArgs
 
 if TYPE_CHECKING:
@@ -106,13 +107,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.set_defaults(command=_explain)
 
+    inspect = commands.add_parser(
+        "inspect",
+        help="show where a prefill's time and memory go, as a picture",
+        description=inspection.DESCRIPTION,
+    )
+    inspection.add_flags(inspect)
+    inspect.set_defaults(command=inspection.run)
+
     serve = commands.add_parser(
         "serve",
         help="answer HTTP requests",
         description="Serve OpenAI's API, and a page to try it on, over HTTP.",
     )
     serve.set_defaults(command=_serve)
-    for command in (run, explain, serve):
+    for command in (run, explain, inspect, serve):
         ServerArgs.add_cli_args(command)
     return parser
 

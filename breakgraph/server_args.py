@@ -41,6 +41,14 @@ class ServerArgs:
     load_format: Literal["auto", "dummy"] = _flag(
         "auto", "auto reads the weights; dummy fills them at random, from config.json alone"
     )
+    model_impl: Literal["auto", "native", "transformers"] = _flag(
+        "auto",
+        "native runs our own file for the architecture, transformers its class there; auto is "
+        "transformers where there is no file",
+    )
+    trust_remote_code: bool = _flag(
+        False, "run code that comes with the model folder; read it first"
+    )
     device: Literal["auto", "cuda", "cpu"] = _flag("auto", "auto is cuda where torch sees one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
         "auto", "type of weights and activations; auto follows config.json"
@@ -67,6 +75,11 @@ class ServerArgs:
     cuda_graph_bs: tuple[int, ...] | None = _flag(
         None, "batch sizes of decode to capture (default: 1 2 4 8 16 24 … --max-running-requests)"
     )
+    cuda_graph_failure: Literal["auto", "error", "eager"] = _flag(
+        "auto",
+        "what a failed capture does: error ends the start, eager logs why and goes on; auto is "
+        "eager for a model that runs through its transformers class, else error",
+    )
     debug_cuda_graph: bool = _flag(
         False, "run each forward as one break of its graph, so that print and breakpoint work"
     )
@@ -86,6 +99,19 @@ class ServerArgs:
         "auto",
         "measured: run eagerly what start-up timings show to be faster so; always: replay all that "
         "fits a bucket; auto is measured on cuda",
+    )
+    verify_prefill_graph: float = _flag(
+        0.0,
+        "share of the replayed prefills, 0 to 1, that run eagerly too after their reply is out; a "
+        "bucket that gives other results goes out of service",
+    )
+    tp_size: int = _flag(
+        1,
+        "ranks that share the model, a GPU each: spawned, unless torchrun started them",
+        minimum=1,
+    )
+    moe_scatter: bool = _flag(
+        False, "each rank normalises and routes its own rows before experts (needs --tp-size)"
     )
     chunked_prefill_size: int | None = _flag(
         None, "most tokens of one prefill forward (default: 8192 on cuda, 512 on cpu)", minimum=1
@@ -113,8 +139,10 @@ class ServerArgs:
         False, "forget a prompt's keys and values once it is answered; share none between prompts"
     )
     is_embedding: bool = _flag(False, "serve embeddings in place of logits")
-    pooling: Literal["last", "mean", "cls"] = _flag(
-        "last", "how --is-embedding makes one vector of a sequence"
+    pooling: Literal["auto", "last", "mean", "cls"] = _flag(
+        "auto",
+        "how --is-embedding makes one vector of a sequence; auto follows the folder's "
+        "sentence-transformers files, else last, or mean for encoders",
     )
     random_seed: int = _flag(0, "seed of sampling and of dummy weights", minimum=0)
     log_level: Literal["debug", "info", "warning", "error"] = _flag(
@@ -157,6 +185,11 @@ class ServerArgs:
                 "--mem-fraction-static is a share between 0 and 1, such as 0.8, "
                 f"not {self.mem_fraction_static}"
             )
+        if not 0 <= self.verify_prefill_graph <= 1:
+            raise ValueError(
+                "--verify-prefill-graph is a share between 0, none, and 1, every replayed prefill, "
+                f"not {self.verify_prefill_graph}"
+            )
         for name in ("request_seconds", "drain_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{flag_name(name)} must be more than 0 seconds")
@@ -177,7 +210,12 @@ class ServerArgs:
                 "--attention-backend torch_flash computes in half precision; use --dtype bfloat16, "
                 "or torch_native for float32"
             )
-        if self.pooling != "last" and not self.is_embedding:
+        if self.tp_size > 1 and self.verify_prefill_graph:
+            raise ValueError(
+                "--verify-prefill-graph runs forwards on one rank alone, which --tp-size "
+                f"{self.tp_size} does not allow; leave one out"
+            )
+        if self.pooling != "auto" and not self.is_embedding:
             raise ValueError(
                 f"--pooling {self.pooling} does nothing without --is-embedding; add it"
             )
@@ -269,6 +307,12 @@ class ServerArgs:
         if self.linear_attention_capture and prefill == "disabled":
             logger.warning(
                 "--linear-attention-capture does nothing without --enable-breakable-cuda-graph"
+            )
+        if self.moe_scatter and self.tp_size == 1:
+            logger.warning("--moe-scatter does nothing without --tp-size of 2 or more")
+        if self.verify_prefill_graph and prefill == "disabled":
+            logger.warning(
+                "--verify-prefill-graph does nothing without --enable-breakable-cuda-graph"
             )
         if self.max_mamba_cache_size is not None and self.disable_radix_cache:
             logger.warning(

@@ -141,6 +141,8 @@ def test_reasons_are_stable_metric_labels() -> None:
         "eager_measured_faster",
         "more_requests_than_largest_bucket",
         "no_request_rows",
+        "bucket_out_of_service",
+        "model_not_capturable",
     ]
 
 

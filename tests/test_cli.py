@@ -10,7 +10,8 @@ import pytest
 from breakgraph.cli import main
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "arithmetic"
-MODEL = ["--model-path", str(EXAMPLE / "qwen3"), "--device", "cpu", "--max-total-tokens", "1024"]
+SMALL = ["--device", "cpu", "--max-total-tokens", "1024"]
+MODEL = ["--model-path", str(EXAMPLE / "qwen3"), *SMALL]
 GRAPHS = [
     "--enable-breakable-cuda-graph",
     "--chunked-prefill-size=256",
@@ -22,7 +23,12 @@ def last_line(text: str) -> str:
     return text.strip().splitlines()[-1]
 
 
-def test_questions_are_graded_and_compared_with_eager(capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("checkpoint", "steps"), [("qwen3", "7 segments, 6"), ("nemotron_h", "8 segments, 7")]
+)
+def test_questions_are_graded_and_compared_with_eager(
+    checkpoint: str, steps: str, capsys: pytest.CaptureFixture[str]
+):
     questions = [
         "--questions",
         str(EXAMPLE / "test.jsonl"),
@@ -30,7 +36,8 @@ def test_questions_are_graded_and_compared_with_eager(capsys: pytest.CaptureFixt
         "4",
         "--max-new-tokens=99",
     ]
-    code = main(["run", *MODEL, *GRAPHS, *questions, "--compare-eager"])
+    model = ["--model-path", str(EXAMPLE / checkpoint), *SMALL]
+    code = main(["run", *model, *GRAPHS, *questions, "--compare-eager"])
     out = capsys.readouterr().out
     assert code == 0, out
     assert re.search(r"^accuracy: [34]/4 \((100|75)\.0 %\)$", out, re.M)
@@ -38,7 +45,7 @@ def test_questions_are_graded_and_compared_with_eager(capsys: pytest.CaptureFixt
     assert re.search(r"^prefills replayed: 1 of 1$", out, re.M)
     assert re.search(r"^answers the same without graphs: 4 of 4$", out, re.M)
     assert re.search(r"^bucket hits +256 × 1$", out, re.M)
-    assert re.search(r"^graphs +4 buckets, 7 segments, 6 breaks each$", out, re.M)
+    assert re.search(rf"^graphs +4 buckets, {steps} breaks each$", out, re.M)
     for name in ("replayed", "eager"):
         assert re.search(rf"^prefill {name} +\d+\.\d ms in 1 forwards", out, re.M)
 

@@ -167,8 +167,12 @@ def _empty_index(folder: Path) -> None:
         (lambda f: (f / "config.json").write_bytes(b"\xff"), "config.json is not readable JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json holds no JSON object"),
         (
+            lambda f: edit_config(f, architectures=["NobodyForCausalLM"]),
+            r"unknown architecture \(NobodyForCausalLM\): neither breakgraph nor transformers",
+        ),
+        (
             lambda f: edit_config(f, architectures=["GPT2LMHeadModel"]),
-            r"unknown architecture \(GPT2LMHeadModel\); the known ones are LlamaForCausalLM, ",
+            "model_type 'qwen3', and its architecture GPT2LMHeadModel wants a GPT2Config",
         ),
         (lambda f: edit_config(f, architectures=None), r"unknown architecture \(none\)"),
         (_write_bert_config, "config.json: 'BertConfig' object has no attribute"),

@@ -9,11 +9,16 @@ import torch
 from breakgraph.attention import (
     Attention,
     AttentionBackend,
+    FlashLatentPrefillBackend,
     HybridAttentionBackend,
+    LatentAttention,
+    LatentDecodeBackend,
+    LatentPrefillBackend,
     LinearDecodeBackend,
     LinearPrefillBackend,
     PagedDecodeBackend,
     RadixLinearAttention,
+    SlotMirror,
     TorchFlashBackend,
     TorchNativeBackend,
 )
@@ -63,6 +68,12 @@ def linear_backend(
     )
 
 
+def paged_decode_backend(model: PrefillModel, mirror: SlotMirror) -> PagedDecodeBackend:
+    """For the attention layers of a decode."""
+    latent = any(isinstance(module, LatentAttention) for module in model.modules())
+    return LatentDecodeBackend(mirror) if latent else PagedDecodeBackend(mirror)
+
+
 def decode_backend(
     paged: PagedDecodeBackend | None, mamba_pool: MambaPool | None
 ) -> AttentionBackend | None:
@@ -80,15 +91,26 @@ def _attention_backend(
     chunk_size: int,
 ) -> AttentionBackend:
     name = args.attention_backend
-    head_dim = next(m for m in model.modules() if isinstance(m, Attention)).head_dim
+    first = next(m for m in model.modules() if isinstance(m, Attention))
+    latent = first.shape if isinstance(first, LatentAttention) else None
+    head_dim = latent.qk_dim if latent is not None else first.head_dim
     half = dtype in (torch.bfloat16, torch.float16)
     flash = device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256
+    flash = flash and (latent is None or latent.value_dim <= head_dim)
     if name == "torch_flash" and not flash:
         raise ValueError(
             f"--attention-backend torch_flash cannot serve {dtype} heads of {head_dim} on "
             f"{device}; use --attention-backend torch_native"
         )
-    if name == "torch_native" or not flash:
+    native = name == "torch_native" or not flash
+    if latent is not None:
+        backend_class = LatentPrefillBackend if native else FlashLatentPrefillBackend
+        return backend_class(
+            *(latent, dtype, device),
+            max_requests=args.max_running_requests,
+            max_context_tokens=chunk_size,
+        )
+    if native:
         return TorchNativeBackend(device)
     return TorchFlashBackend(
         device=device, max_requests=args.max_running_requests, max_context_tokens=chunk_size

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from breakgraph.forward import ForwardBatch
-from breakgraph.runner.buckets import Dispatch, decide
+from breakgraph.runner.buckets import Dispatch, DispatchReason, decide
 from breakgraph.runner.costs import PrefillCosts, anchors
 from breakgraph.runner.graph_runner import GraphRunner
 
@@ -27,6 +27,9 @@ class BreakableCudaGraphRunner(GraphRunner):
     Args:
         max_padding: the most rows computed per token, see ``decide``.
         how: as for ``GraphRunner``.
+
+    Attributes:
+        out_of_service: buckets that were found to give wrong results.
     """
 
     phase, unit = "prefill", "token"
@@ -37,9 +40,19 @@ class BreakableCudaGraphRunner(GraphRunner):
         super().__init__(*args, **how)
         self.max_padding = max_padding
         self.costs: PrefillCosts | None = None
+        self.out_of_service: set[int] = set()
 
     def can_run(self, batch: ForwardBatch) -> Dispatch:
-        return decide(batch.num_tokens, self.buckets, self.max_padding, self.costs)
+        tokens = batch.num_tokens
+        dispatch = decide(tokens, self.buckets, self.max_padding, self.costs)
+        if dispatch.bucket in self.out_of_service:
+            reason = DispatchReason.OUT_OF_SERVICE
+            return Dispatch(None, reason, tokens, refused=dispatch.bucket)
+        return dispatch
+
+    def retire(self, bucket: int) -> None:
+        """Take a bucket out of service: what it would have replayed runs eagerly."""
+        self.out_of_service.add(bucket)
 
     def dummy(self, bucket: int) -> ForwardBatch:
         return ForwardBatch.dummy(bucket, self._context_length)
@@ -51,8 +64,8 @@ class BreakableCudaGraphRunner(GraphRunner):
         batches = [self.dummy(count) for count in tokens]
         self.costs = PrefillCosts(
             tokens=tuple(tokens),
-            eager_ms=tuple(self._time(self.run_eagerly, batch) for batch in batches),
-            replay_ms=tuple(self._time(self._replay_whole, batch) for batch in batches),
+            eager_ms=self._times(self.run_eagerly, batches),
+            replay_ms=self._times(self._replay_whole, batches),
         )
         logger.info(
             "measured eager and replayed prefills in %.2f s: %s",
@@ -64,6 +77,12 @@ class BreakableCudaGraphRunner(GraphRunner):
                 )
             ),
         )
+
+    def _times(
+        self, run: Callable[[ForwardBatch], object], batches: list[ForwardBatch]
+    ) -> tuple[float, ...]:
+        """Milliseconds of each, of several ranks the first one's: all must decide alike."""
+        return self.group.shared_floats([self._time(run, batch) for batch in batches])
 
     def _time(self, run: Callable[[ForwardBatch], object], batch: ForwardBatch) -> float:
         """Milliseconds of a forward, by wall clock; the best of three where they are short."""

@@ -114,6 +114,8 @@ class DispatchReason(str, Enum):
     EAGER_FASTER = "eager_measured_faster"
     TOO_MANY_REQUESTS = "more_requests_than_largest_bucket"
     NO_ROWS = "no_request_rows"
+    OUT_OF_SERVICE = "bucket_out_of_service"
+    NOT_CAPTURABLE = "model_not_capturable"
 
     def __str__(self) -> str:
         return self.value
@@ -154,8 +156,13 @@ class Dispatch:
             f"{flag} needs to know what to capture",
             DispatchReason.TOO_MANY_REQUESTS: f"the largest bucket is {self.refused}: add a larger "
             f"one with {_DECODE_FLAG}",
+            DispatchReason.NOT_CAPTURABLE: "the model does what no graph can hold; the log says "
+            "what and where",
             DispatchReason.NO_ROWS: "the batch names no rows of the request table, in which a "
             "decode graph finds its requests' tokens",
+            DispatchReason.OUT_OF_SERVICE: f"bucket {self.refused} is out of service, since "
+            "--verify-prefill-graph found that it gave other results than an eager forward; the "
+            "log says where",
             DispatchReason.TOO_MANY_TOKENS: f"the largest bucket is {self.refused}: raise "
             f"--chunked-prefill-size, or add a bucket with {_FLAG}",
             DispatchReason.EAGER_FASTER: f"padding them to bucket {self.refused} was measured to "

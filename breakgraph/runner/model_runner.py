@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,17 +24,26 @@ from breakgraph.attention import (
     PagedDecodeBackend,
     SlotMirror,
 )
+from breakgraph.distributed.lockstep import Leader
+from breakgraph.distributed.ranks import Ranks
 from breakgraph.forward import ForwardBatch, ForwardMode, forward_context
 from breakgraph.graph import BreakableCUDAGraph
 from breakgraph.kernels.decode_attention import require_decode_kernel
 from breakgraph.layers import ClassificationHead, LogitsProcessor, Pooler
 from breakgraph.memory import RequestTable, SlotAllocator
-from breakgraph.models import CausalLM, SequenceClassifier, load_model
-from breakgraph.runner.backends import decode_backend, linear_backend, prefill_backend
+from breakgraph.models import CausalLM, PrefillModel, SequenceClassifier, load_model
+from breakgraph.models.sentence_transformers import find_recipe
+from breakgraph.models.transformers_impl import TransformersClassifier, TransformersModel
+from breakgraph.runner.backends import (
+    decode_backend,
+    linear_backend,
+    paged_decode_backend,
+    prefill_backend,
+)
 from breakgraph.runner.breakable_cuda_graph_runner import BreakableCudaGraphRunner
 from breakgraph.runner.buckets import Dispatch, DispatchReason
 from breakgraph.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
-from breakgraph.runner.graph_runner import GraphRunner, new_pool
+from breakgraph.runner.graph_runner import GraphCaptureError, GraphRunner, new_pool
 from breakgraph.runner.input_buffers import (
     DecodeInputBuffers,
     FilledBatch,
@@ -41,6 +51,7 @@ from breakgraph.runner.input_buffers import (
 )
 from breakgraph.runner.layer_stack import resolve_layer_stack
 from breakgraph.runner.pools import make_kv_pool, make_mamba_pool
+from breakgraph.runner.verification import BOUNDS, PrefillVerifier, Verification
 
 if TYPE_CHECKING:
     from breakgraph.server_args import ServerArgs
@@ -58,6 +69,8 @@ class ForwardResult:
         input_token_logprobs: float32 ``[num_tokens]``, where the batch has targets.
         pooled: float32 ``[batch_size, hidden_size]`` or ``[batch_size, num_labels]``.
         graph: what was replayed; None of an eager forward.
+        verification: the eager check that is due of a replayed prefill; call it before anything
+            else runs, and after the reply is out.
     """
 
     dispatch: Dispatch
@@ -65,6 +78,7 @@ class ForwardResult:
     input_token_logprobs: torch.Tensor | None = None
     pooled: torch.Tensor | None = None
     graph: BreakableCUDAGraph | None = None
+    verification: Verification | None = None
 
 
 class ModelRunner:
@@ -75,26 +89,47 @@ class ModelRunner:
         GraphCaptureError: with graphs on, when a bucket cannot be captured.
     """
 
-    def __init__(self, args: ServerArgs) -> None:
+    def __init__(
+        self, args: ServerArgs, *, model: PrefillModel | None = None, ranks: Ranks | None = None
+    ) -> None:
+        """Load what ``args`` name, or take ``model``, loaded already on the device of ``args``.
+
+        Of several ``ranks`` this one loads its share, and rank 0's forwards are run by all.
+        """
         self.args = args = args.resolved()
-        self.device = torch.empty(0, device=args.device).device  # "cuda" gets its index
+        self.ranks = ranks or Ranks()
+        self.group = group = self.ranks.group
+        if group.size != args.tp_size:
+            raise ValueError(
+                f"--tp-size {args.tp_size} takes ranks that only an engine starts, and this is a "
+                "model runner alone; leave the flag out"
+            )
+        index = f":{group.local_rank}" if group.size > 1 and args.device == "cuda" else ""
+        self.device = torch.empty(0, device=args.device + index).device  # "cuda" gets its index
         start = time.perf_counter()
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-        self.model = load_model(
-            args.model_path,
-            dtype=dtype,
-            device=self.device,
-            load_format=args.load_format,
-            random_seed=args.random_seed,
-        )
+        with group.active():
+            self.model = model or load_model(
+                args.model_path,
+                dtype=dtype,
+                device=self.device,
+                load_format=args.load_format,
+                random_seed=args.random_seed,
+                model_impl=args.model_impl,
+                trust_remote_code=args.trust_remote_code,
+            )
+        if group.size > 1 and isinstance(self.model, TransformersModel):
+            raise ValueError(
+                f"{self.model.architecture} runs as a class of transformers, which cannot be "
+                "divided among ranks; leave out --tp-size"
+            )
         self.load_seconds = time.perf_counter() - start
-        config = self.model.config
         self.dtype = next(self.model.parameters()).dtype
-        self.vocab_size: int = config.vocab_size
-        self.context_length: int = config.max_position_embeddings
+        self.vocab_size = self.model.vocab_size
+        self.context_length = self.model.context_length
         place = (self.model, args, self.dtype, self.device)
-        self.mamba_pool = make_mamba_pool(*place)
-        self.kv_pool = make_kv_pool(*place, self.context_length)
+        self.mamba_pool = make_mamba_pool(*place, group)
+        self.kv_pool = make_kv_pool(*place, self.context_length, group)
         self.slots = SlotAllocator(self.kv_pool.num_tokens, args.page_size)
         self.requests = RequestTable(args.max_running_requests, self.context_length, self.slots)
         self.chunk_size = min(
@@ -105,27 +140,45 @@ class ModelRunner:
         self.attn_backend = prefill_backend(*place, self.chunk_size, self.mamba_pool)
         shape: dict[str, Any] = {
             "max_requests": args.max_running_requests,
-            "hidden_size": config.hidden_size,
+            "hidden_size": self.model.hidden_size,
             "dtype": self.dtype,
             "device": self.device,
             "embed": self.model.embed,
+            "group": group,
         }
+        self._not_captured: set[ForwardMode] = set()
         self._buffers = PrefillInputBuffers(max_tokens=self.chunk_size, **shape)
         self.paged_decode = self._make_paged_decode()
         self.decode_backend = decode_backend(self.paged_decode, self.mamba_pool)
         self._decode_buffers = DecodeInputBuffers(max_tokens=args.max_running_requests, **shape)
         self._stack, self._no_stack = resolve_layer_stack(self.model)
         self._eager = self.model if self._stack is None else self._stack
-        self._logits, self._head = LogitsProcessor(), ClassificationHead()
-        self._pooler = Pooler(args.pooling, normalize=True)
+        self._logits = LogitsProcessor(group=group, vocab_size=self.vocab_size)
+        self._head = ClassificationHead()
+        self._pooler = self._make_pooler()
         self.dispatch_counts: Counter[DispatchReason] = Counter()
         self.bucket_hits: Counter[int] = Counter()
         self.decode_dispatch_counts: Counter[DispatchReason] = Counter()
         self.decode_bucket_hits: Counter[int] = Counter()
         self._graph_pool = new_pool(self.device)
+        group.barrier()  # a rank still loading would be waited for inside of collectives
         self.graph_runner = self._make_graph_runner(self.attn_backend)
         self.linear_graph_runner = self._make_linear_graph_runner()
         self.decode_graph_runner = self._make_decode_graph_runner()
+        self.verifier = self._make_verifier()
+        self._leader = Leader(self.ranks, self) if group.size > 1 and group.is_first else None
+
+    def stop_ranks(self) -> None:
+        """Let the other ranks end, if there are any; no forward can run after."""
+        if self._leader is not None:
+            self._leader.stop()
+
+    def _make_pooler(self) -> Pooler:
+        asked = self.args.pooling
+        if asked != "auto" or not self.args.is_embedding:
+            return Pooler("last" if asked == "auto" else asked)
+        recipe = find_recipe(Path(self.args.model_path), causal=self.model.causal)
+        return Pooler(recipe.mode, normalize=recipe.normalize)
 
     def _make_paged_decode(self) -> PagedDecodeBackend | None:
         """Attention through the request table; None where decodes run by the extend path."""
@@ -142,16 +195,17 @@ class ModelRunner:
         elif disabled:
             return None  # the reference is no faster than a prefill of one token a request
         width = min(self.context_length, self.kv_pool.num_tokens)
-        return PagedDecodeBackend(SlotMirror(self.requests, width, self.device))
+        return paged_decode_backend(self.model, SlotMirror(self.requests, width, self.device))
 
     def _graph_options(self) -> dict[str, Any]:
         return {
             "context_length": self.context_length,
-            "hidden_size": self.model.config.hidden_size,
+            "hidden_size": self.model.hidden_size,
             "dtype": self.dtype,
             "device": self.device,
             "pool": self._graph_pool,
             "debug": self.args.debug_cuda_graph,
+            "group": self.group,
         }
 
     def _static_tensors(self) -> list[torch.Tensor]:
@@ -195,7 +249,8 @@ class ModelRunner:
             max_padding=self.args.max_prefill_padding,
             **self._graph_options(),
         )
-        runner.capture()
+        if not self._capture(runner, ForwardMode.PREFILL):
+            return None
         dispatch = self.args.prefill_dispatch
         measured = dispatch == "measured" or (dispatch == "auto" and self.device.type == "cuda")
         if measured and not runner.debug:
@@ -207,17 +262,63 @@ class ModelRunner:
         attention = self.decode_backend
         if backend == "disabled" or paged is None or attention is None or self._stack is None:
             return None
+        if backend == "full" and self.model.decode_limits:
+            logger.info(
+                "decode graphs break where attention is limited (%s), which no segment can hold",
+                self.model.decode_limits,
+            )
         runner = DecodeCudaGraphRunner(
             self._stack,
             [*self._static_tensors(), paged.mirror.slots],
             buffers=self._decode_buffers,
             attn_backend=attention,
             buckets=self.args.cuda_graph_bs or (),
-            breaks=backend == "breakable",
+            breaks=backend == "breakable" or bool(self.model.decode_limits),
             **self._graph_options(),
         )
-        runner.capture()
-        return runner
+        return runner if self._capture(runner, ForwardMode.DECODE) else None
+
+    def _capture(self, runner: GraphRunner, mode: ForwardMode) -> bool:
+        """Whether all buckets are captured, on every rank; False where the model then runs eagerly,
+        with a warning: it is a class of transformers that does what no graph can hold, or
+        --cuda-graph-failure says so."""
+        while True:
+            failure = None
+            try:
+                runner.capture()
+            except GraphCaptureError as error:
+                failure = error
+            causes = self.group.vote(None if failure is None else str(failure))
+            if not causes:
+                return True
+            runner.drop()
+            if failure is None:
+                told = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
+                failure = GraphCaptureError(f"another rank could not capture: {told}")
+            logger.warning("%s", failure)
+            if self.model.try_otherwise():
+                continue
+            asked = self.args.cuda_graph_failure
+            foreign = asked == "auto" and isinstance(self.model, TransformersModel)
+            if not foreign and asked != "eager":
+                raise failure
+            logger.warning("every %s of %s runs eagerly", mode.value, self.model.architecture)
+            self._not_captured.add(mode)
+            return False
+
+    def _make_verifier(self) -> PrefillVerifier | None:
+        rate = self.args.verify_prefill_graph
+        if not rate or self.graph_runner is None or self._stack is None:
+            return None
+        return PrefillVerifier(
+            rate,
+            self.model,
+            self._stack,
+            self._buffers,
+            self.attn_backend,
+            self.device,
+            BOUNDS.get(self.dtype, BOUNDS[torch.float32]),
+        )
 
     @property
     def graph_runners(self) -> list[GraphRunner]:
@@ -234,6 +335,8 @@ class ModelRunner:
         if batch.mode is ForwardMode.DECODE:
             enabled = self.args.cuda_graph_backend_decode != "disabled" and self._stack is None
         reason = DispatchReason.NO_LAYER_STACK if enabled else DispatchReason.DISABLED
+        if batch.mode in self._not_captured:
+            reason = DispatchReason.NOT_CAPTURABLE
         return Dispatch(None, reason, batch.num_tokens, mode=batch.mode)
 
     def _runner_of(
@@ -255,6 +358,7 @@ class ModelRunner:
         Raises:
             ValueError: the batch does not fit, or holds a token out of vocabulary or past the
                 context; on a GPU either would end the process.
+            RankFailedError: another rank is gone, or this one failed in what all do together.
         """
         self._check(batch)
         if allow_graph:
@@ -262,13 +366,23 @@ class ModelRunner:
         else:
             reason = DispatchReason.EAGER_ASKED
             dispatch = Dispatch(None, reason, batch.num_tokens, mode=batch.mode)
+        if self._leader is None:
+            return self._run(batch, dispatch)
+        with self._leader.forward(batch, dispatch.bucket, allow_graph):
+            return self._run(batch, dispatch)
+
+    def _run(self, batch: ForwardBatch, dispatch: Dispatch) -> ForwardResult:
         decode = batch.mode is ForwardMode.DECODE
         (self.decode_dispatch_counts if decode else self.dispatch_counts)[dispatch.reason] += 1
-        graphs, graph = self._runner_of(batch), None
+        graphs, graph, check = self._runner_of(batch), None, None
         if graphs is not None and dispatch.bucket is not None:
             (self.decode_bucket_hits if decode else self.bucket_hits)[dispatch.bucket] += 1
+            if self.verifier is not None and isinstance(graphs, BreakableCudaGraphRunner):
+                check = self.verifier.begin(graphs, batch, dispatch.bucket)
             filled = graphs.replay_prepare(batch, dispatch.bucket)
             hidden = graphs.replay(batch, dispatch.bucket)
+            if check is not None:
+                check.hidden = hidden
             graph = graphs.graphs[dispatch.bucket]
         else:
             buffers, backend = self._buffers, self.attn_backend
@@ -279,13 +393,17 @@ class ModelRunner:
             with forward_context(batch, backend):
                 backend.begin_layers(filled.inputs)
                 hidden = self._eager(filled.inputs)
-        return replace(self._tail(dispatch, hidden, filled), graph=graph)
+        return replace(self._tail(dispatch, hidden, filled, batch), graph=graph, verification=check)
 
     def _check(self, batch: ForwardBatch) -> None:
         if self.mamba_pool is not None and batch.has_prefix and batch.rows is None:
             raise ValueError(
                 "a batch that goes on from cached tokens needs the rows of its requests, in which "
                 "this model keeps their recurrent states"
+            )
+        if batch.has_prefix and not self.model.causal:
+            raise ValueError(
+                "this model's tokens see later ones, so a sequence runs in one forward, whole"
             )
         longest = int((batch.extend_lens + batch.prefix_lens).max())
         if longest > self.context_length:
@@ -300,7 +418,11 @@ class ModelRunner:
 
     def explain(self, batch: ForwardBatch) -> str:
         """How ``batch`` would run and why, and what earlier forwards did."""
-        lines = [self.dispatch(batch).describe()]
+        dispatch = self.dispatch(batch)
+        lines = [dispatch.describe()]
+        if self.verifier is not None and dispatch.reason is DispatchReason.OUT_OF_SERVICE:
+            found = [m for m in self.verifier.mismatches if m.bucket == dispatch.refused]
+            lines += [mismatch.describe() for mismatch in found]
         if self._no_stack:
             lines.append(self._no_stack)
         runner, counted = self._runner_of(batch), self.dispatch_counts
@@ -315,14 +437,18 @@ class ModelRunner:
         counts = ", ".join(f"{reason}: {n}" for reason, n in dict(counted).items())
         return "\n".join([*lines, f"forwards so far: {counts or 'none'}"])
 
-    def _tail(self, dispatch: Dispatch, hidden: torch.Tensor, filled: FilledBatch) -> ForwardResult:
+    def _tail(
+        self, dispatch: Dispatch, hidden: torch.Tensor, filled: FilledBatch, batch: ForwardBatch
+    ) -> ForwardResult:
         """The eager end of a forward: scores, an embedding, or logits."""
+        if isinstance(self.model, TransformersClassifier):
+            return ForwardResult(dispatch, pooled=self.model.compute_scores(hidden, batch))
         if isinstance(self.model, SequenceClassifier):
             scores = self._head(hidden, self.model.score.weight, filled.last_rows)
             return ForwardResult(dispatch, pooled=scores)
         if self.args.is_embedding:
             return ForwardResult(dispatch, pooled=self._pooler(hidden, filled.extend_lens))
         logits = self._logits(
-            hidden, self.model.lm_head_weight, filled.last_rows, filled.logprob_targets
+            hidden, self.model.logits_head, filled.last_rows, filled.logprob_targets
         )
         return ForwardResult(dispatch, logits.next_token_logits, logits.input_token_logprobs)

@@ -85,6 +85,10 @@ class EngineCollector(Collector):
             "kv_used_tokens": ("Slots that running requests hold.", now.used_kv_tokens),
             "kv_cached_tokens": ("Slots in the prefix cache.", now.cached_kv_tokens),
             "graph_memory_bytes": ("Memory of the graphs.", now.graph_memory_bytes),
+            "prefill_buckets_out_of_service": (
+                "Buckets that gave other results than an eager forward.",
+                now.buckets_out_of_service,
+            ),
             "prefill_padding_ratio": (
                 "Padded rows as a share of all rows replayed by prefills, since the start.",
                 now.padding,
@@ -116,6 +120,11 @@ class EngineCollector(Collector):
                 "Prefill forwards replayed from a graph, by its bucket.",
                 "bucket",
                 {str(bucket): count for bucket, count in sorted(now.bucket_hits.items())},
+            ),
+            "prefill_verifications": (
+                "Replayed prefills that ran eagerly too: same, different, or skipped.",
+                "outcome",
+                now.verifications,
             ),
         }
         for name, (text, label, counts) in labelled.items():

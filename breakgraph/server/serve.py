@@ -11,7 +11,9 @@ import threading
 import time
 
 from breakgraph import __version__
+from breakgraph.distributed.ranks import is_follower
 from breakgraph.engine.async_engine import AsyncEngine
+from breakgraph.engine.engine import Engine
 from breakgraph.server.app import create_app
 from breakgraph.server.connection import make_server
 from breakgraph.server_args import ServerArgs
@@ -26,10 +28,14 @@ def serve(args: ServerArgs) -> None:
         OSError: the address cannot be listened on.
         ValueError: a flag or the checkpoint is wrong.
     """
+    if is_follower(args):
+        Engine(args)  # runs rank 0's forwards, and exits when that stops
     sock = bound_socket(args.host, args.port)
     began = time.perf_counter()
     engine = AsyncEngine(args)
     engine.start()
+    if engine.runner.ranks.watch is not None:
+        engine.runner.ranks.watch.ends_process = True  # no rank, no answers: say so by ending
     # What start-up made stays: a full collection walks it in 0.2 s, in which no token comes.
     gc.collect()
     gc.freeze()
