@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from breakgraph.attention import (
-    AttentionBackend,
     HybridAttentionBackend,
     PagedDecodeBackend,
     SlotMirror,
@@ -43,7 +41,8 @@ from breakgraph.runner.backends import (
 from breakgraph.runner.breakable_cuda_graph_runner import BreakableCudaGraphRunner
 from breakgraph.runner.buckets import Dispatch, DispatchReason
 from breakgraph.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
-from breakgraph.runner.graph_runner import GraphCaptureError, GraphRunner, new_pool
+from breakgraph.runner.graph_maker import GraphMaker
+from breakgraph.runner.graph_runner import GraphRunner
 from breakgraph.runner.input_buffers import (
     DecodeInputBuffers,
     FilledBatch,
@@ -146,7 +145,6 @@ class ModelRunner:
             "embed": self.model.embed,
             "group": group,
         }
-        self._not_captured: set[ForwardMode] = set()
         self._buffers = PrefillInputBuffers(max_tokens=self.chunk_size, **shape)
         self.paged_decode = self._make_paged_decode()
         self.decode_backend = decode_backend(self.paged_decode, self.mamba_pool)
@@ -160,11 +158,14 @@ class ModelRunner:
         self.bucket_hits: Counter[int] = Counter()
         self.decode_dispatch_counts: Counter[DispatchReason] = Counter()
         self.decode_bucket_hits: Counter[int] = Counter()
-        self._graph_pool = new_pool(self.device)
         group.barrier()  # a rank still loading would be waited for inside of collectives
-        self.graph_runner = self._make_graph_runner(self.attn_backend)
-        self.linear_graph_runner = self._make_linear_graph_runner()
-        self.decode_graph_runner = self._make_decode_graph_runner()
+        graphs = self._make_graph_maker()
+        self.graph_runner = graphs.prefill(self.attn_backend, self._buffers)
+        self.linear_graph_runner = self._make_linear_graph_runner(graphs)
+        self.decode_graph_runner = graphs.decode(
+            self.paged_decode, self.decode_backend, self._decode_buffers
+        )
+        self._not_captured = graphs.not_captured
         self.verifier = self._make_verifier()
         self._leader = Leader(self.ranks, self) if group.size > 1 and group.is_first else None
 
@@ -197,23 +198,23 @@ class ModelRunner:
         width = min(self.context_length, self.kv_pool.num_tokens)
         return paged_decode_backend(self.model, SlotMirror(self.requests, width, self.device))
 
-    def _graph_options(self) -> dict[str, Any]:
-        return {
-            "context_length": self.context_length,
-            "hidden_size": self.model.hidden_size,
-            "dtype": self.dtype,
-            "device": self.device,
-            "pool": self._graph_pool,
-            "debug": self.args.debug_cuda_graph,
-            "group": self.group,
-        }
-
-    def _static_tensors(self) -> list[torch.Tensor]:
+    def _make_graph_maker(self) -> GraphMaker:
+        if self._stack is None and self.args.cuda_graph_backend_prefill != "disabled":
+            logger.warning("%s", self._no_stack)
         states = [] if self.mamba_pool is None else self.mamba_pool.tensors()
         weights = [*self.model.parameters(), *self.model.buffers()]
-        return [*weights, *self.kv_pool.tensors(), *states]
+        return GraphMaker(
+            args=self.args,
+            model=self.model,
+            stack=self._stack,
+            static_tensors=[*weights, *self.kv_pool.tensors(), *states],
+            context_length=self.context_length,
+            dtype=self.dtype,
+            device=self.device,
+            group=self.group,
+        )
 
-    def _make_linear_graph_runner(self) -> BreakableCudaGraphRunner | None:
+    def _make_linear_graph_runner(self, graphs: GraphMaker) -> BreakableCudaGraphRunner | None:
         """Graphs that hold the recurrent mixers too, for a few requests at a time."""
         requests, pool = self.args.linear_attention_capture, self.mamba_pool
         if not requests or self.graph_runner is None:
@@ -225,86 +226,9 @@ class ModelRunner:
             self.model, pool, self.device, requests, self.chunk_size, static=True
         )
         backend = HybridAttentionBackend(self.attn_backend.full, linear)
-        return self._make_graph_runner(backend, linear.tensors(), requests * self.context_length)
-
-    def _make_graph_runner(
-        self,
-        backend: AttentionBackend,
-        plan: Sequence[torch.Tensor] = (),
-        max_tokens: int | None = None,
-    ) -> BreakableCudaGraphRunner | None:
-        if self.args.cuda_graph_backend_prefill == "disabled":
-            return None
-        if self._stack is None:
-            logger.warning("%s", self._no_stack)
-            return None
-        given = self.args.piecewise_cuda_graph_tokens or ()
-        most = min(self.chunk_size, max_tokens or self.chunk_size)
-        runner = BreakableCudaGraphRunner(
-            self._stack,
-            [*self._static_tensors(), *plan],
-            buffers=self._buffers,
-            attn_backend=backend,
-            buckets=sorted({min(bucket, most) for bucket in given}),
-            max_padding=self.args.max_prefill_padding,
-            **self._graph_options(),
+        return graphs.prefill(
+            backend, self._buffers, linear.tensors(), max_tokens=requests * self.context_length
         )
-        if not self._capture(runner, ForwardMode.PREFILL):
-            return None
-        dispatch = self.args.prefill_dispatch
-        measured = dispatch == "measured" or (dispatch == "auto" and self.device.type == "cuda")
-        if measured and not runner.debug:
-            runner.measure()
-        return runner
-
-    def _make_decode_graph_runner(self) -> DecodeCudaGraphRunner | None:
-        backend, paged = self.args.cuda_graph_backend_decode, self.paged_decode
-        attention = self.decode_backend
-        if backend == "disabled" or paged is None or attention is None or self._stack is None:
-            return None
-        if backend == "full" and self.model.decode_limits:
-            logger.info(
-                "decode graphs break where attention is limited (%s), which no segment can hold",
-                self.model.decode_limits,
-            )
-        runner = DecodeCudaGraphRunner(
-            self._stack,
-            [*self._static_tensors(), paged.mirror.slots],
-            buffers=self._decode_buffers,
-            attn_backend=attention,
-            buckets=self.args.cuda_graph_bs or (),
-            breaks=backend == "breakable" or bool(self.model.decode_limits),
-            **self._graph_options(),
-        )
-        return runner if self._capture(runner, ForwardMode.DECODE) else None
-
-    def _capture(self, runner: GraphRunner, mode: ForwardMode) -> bool:
-        """Whether all buckets are captured, on every rank; False where the model then runs eagerly,
-        with a warning: it is a class of transformers that does what no graph can hold, or
-        --cuda-graph-failure says so."""
-        while True:
-            failure = None
-            try:
-                runner.capture()
-            except GraphCaptureError as error:
-                failure = error
-            causes = self.group.vote(None if failure is None else str(failure))
-            if not causes:
-                return True
-            runner.drop()
-            if failure is None:
-                told = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
-                failure = GraphCaptureError(f"another rank could not capture: {told}")
-            logger.warning("%s", failure)
-            if self.model.try_otherwise():
-                continue
-            asked = self.args.cuda_graph_failure
-            foreign = asked == "auto" and isinstance(self.model, TransformersModel)
-            if not foreign and asked != "eager":
-                raise failure
-            logger.warning("every %s of %s runs eagerly", mode.value, self.model.architecture)
-            self._not_captured.add(mode)
-            return False
 
     def _make_verifier(self) -> PrefillVerifier | None:
         rate = self.args.verify_prefill_graph
