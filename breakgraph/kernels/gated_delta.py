@@ -113,15 +113,19 @@ def gated_delta_rule_reference(
     chunk_size: int,
     out: torch.Tensor,
 ) -> None:
-    """``gated_delta_rule`` in plain torch ops and float32, a request after the other."""
+    """``gated_delta_rule`` in plain torch ops, a request after the other.
+
+    It computes in float64: layers behind it magnify what rounding there is between a chunk and as
+    many steps, and in float32 that was more than the tests' bounds allow.
+    """
     bounds = cu_seqlens.tolist()
     live = slice(0, bounds[-1])
     groups = v.shape[1] // k.shape[1]
     queries = _of_length_1(q[live]).repeat_interleave(groups, 1) * q.shape[-1] ** -0.5
     keys = _of_length_1(k[live]).repeat_interleave(groups, 1)
-    values = v[live].float()
+    values = v[live].double()
     decay, beta = _gates(a[live], b[live], a_log, dt_bias)
-    starts = state.index_select(0, initial_slots.clamp(min=0))
+    starts = state.index_select(0, initial_slots.clamp(min=0)).double()
     starts = torch.where((initial_slots < 0)[:, None, None, None], 0.0, starts)
     for request, slot in enumerate(final_slots.tolist()):
         begin, end = bounds[request : request + 2]
@@ -217,30 +221,30 @@ def gated_delta_step_reference(
     slots: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """``gated_delta_step`` in plain torch ops of static shapes, in float32."""
+    """``gated_delta_step`` in plain torch ops of static shapes, in float64."""
     groups = v.shape[1] // k.shape[1]
     queries = _of_length_1(q).repeat_interleave(groups, 1) * q.shape[-1] ** -0.5
     keys = _of_length_1(k).repeat_interleave(groups, 1)
     decay, beta = _gates(a, b, a_log, dt_bias)
-    faded = state.index_select(0, slots) * decay.exp()[:, :, None, None]
+    faded = state.index_select(0, slots).double() * decay.exp()[:, :, None, None]
     held = torch.einsum("rhkv,rhk->rhv", faded, keys)
-    added = beta[:, :, None] * (v.float() - held)
+    added = beta[:, :, None] * (v.double() - held)
     last = faded + keys[:, :, :, None] * added[:, :, None, :]
     out.copy_(torch.einsum("rhkv,rhk->rhv", last, queries))
-    state.index_copy_(0, slots, last)
+    state.index_copy_(0, slots, last.to(state.dtype))
 
 
 def _of_length_1(heads: torch.Tensor) -> torch.Tensor:
-    heads = heads.float()
+    heads = heads.double()
     return heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + 1e-6)
 
 
 def _gates(
     a: torch.Tensor, b: torch.Tensor, a_log: torch.Tensor, dt_bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log of the decay, and beta: float32 ``[rows, Hv]`` each."""
-    decay = -a_log.float().exp() * F.softplus(a.float() + dt_bias.float())
-    return decay, b.float().sigmoid()
+    """The log of the decay, and beta: float64 ``[rows, Hv]`` each."""
+    decay = -a_log.double().exp() * F.softplus(a.double() + dt_bias.double())
+    return decay, b.double().sigmoid()
 
 
 _library.impl("gated_delta_rule", gated_delta_rule_reference, "CPU")
