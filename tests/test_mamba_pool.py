@@ -218,7 +218,8 @@ class Space(RuleBasedStateMachine):
     @rule(data=st.data(), new=st.lists(st.integers(0, 1), min_size=1, max_size=6))
     def compute(self, data: st.DataObject, new: list[int]) -> None:
         row = data.draw(st.sampled_from(sorted(self.rows)))
-        if not self.space.can_extend(row, len(new)) or len(self.rows[row]) + len(new) > 64:
+        pages = self.space.table.pages_to_extend(row, len(new))
+        if pages > self.space.available_pages or len(self.rows[row]) + len(new) > 64:
             return
         self.stored[self.space.extend(row, len(new))] = new
         self.rows[row] = [*self.rows[row], *new]

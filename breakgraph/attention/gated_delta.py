@@ -13,7 +13,6 @@ from torch import nn
 
 from breakgraph.attention.linear_attention import ExtendPlan, RadixLinearAttention, StepPlan
 from breakgraph.distributed import Shard, equal_shard
-from breakgraph.kernels.causal_conv import causal_conv, causal_conv_step
 from breakgraph.kernels.gated_delta import gated_delta_rule, gated_delta_step
 from breakgraph.kernels.gated_delta_fla import require_gated_delta_kernels
 from breakgraph.layers.linear import (
@@ -50,25 +49,24 @@ class GatedDeltaRule(RadixLinearAttention):
         kernel_size: int,
     ) -> None:
         keys, values = key_heads.size * key_dim, value_heads.size * value_dim
-        channels, state = 2 * keys + values, (value_heads.size, key_dim, value_dim)
-        super().__init__((kernel_size - 1, channels), state, values)
+        super().__init__(
+            channels=(key_heads.of(key_dim), key_heads.of(key_dim), value_heads.of(value_dim)),
+            kernel_size=kernel_size,
+            conv_bias=False,
+            state_shape=(value_heads.size, key_dim, value_dim),
+            out_features=values,
+        )
         self._value_heads = value_heads
-        key_rows = key_heads.of(key_dim)
-        self._channels = (key_rows, key_rows, value_heads.of(value_dim))
         self._split = (keys, keys, values)
         self._key_dim, self._value_dim = key_dim, value_dim
-        self.conv_weight = weight_parameter(channels, kernel_size)
         self.A_log = weight_parameter(value_heads.size)
         self.dt_bias = weight_parameter(value_heads.size)
 
     def checkpoint_slots(self) -> dict[str, CheckpointSlot]:
-        """By checkpoint name beside this module; a convolution's weight has a dimension more."""
-        weight = self.conv_weight.detach().unsqueeze(1)
-        return {
-            "A_log": row_slot(self.A_log.detach(), self._value_heads),
-            "dt_bias": row_slot(self.dt_bias.detach(), self._value_heads),
-            "conv1d.weight": row_slot(weight, *self._channels),
-        }
+        """By checkpoint name beside this module."""
+        named = {"A_log": self.A_log, "dt_bias": self.dt_bias}
+        slots = {n: row_slot(p.detach(), self._value_heads) for n, p in named.items()}
+        return slots | self.conv_slots()
 
     def require_kernels(self) -> None:
         require_gated_delta_kernels()
@@ -81,18 +79,7 @@ class GatedDeltaRule(RadixLinearAttention):
 
     def extend(self, plan: ExtendPlan, *tensors: torch.Tensor) -> None:
         channels, b, a, mixed, q, k, v, out = tensors
-        causal_conv(
-            channels,
-            self.conv_weight,
-            None,
-            self.conv_state,
-            plan.cu_seqlens,
-            plan.initial_slots,
-            plan.final_slots,
-            plan.chunks,
-            self.chunk_size,
-            mixed,
-        )
+        self.convolve(plan, channels, mixed)
         gated_delta_rule(
             q,
             k,
@@ -113,7 +100,7 @@ class GatedDeltaRule(RadixLinearAttention):
 
     def step(self, plan: StepPlan, *tensors: torch.Tensor) -> None:
         channels, b, a, mixed, q, k, v, out = tensors
-        causal_conv_step(channels, self.conv_weight, None, self.conv_state, plan.slots, mixed)
+        self.convolve(plan, channels, mixed)
         gated_delta_step(
             q,
             k,

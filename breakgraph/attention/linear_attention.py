@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from breakgraph.distributed import Shard
 from breakgraph.forward import (
     DecodeInputs,
     ForwardBatch,
@@ -28,6 +29,8 @@ from breakgraph.forward import (
     get_forward_context,
 )
 from breakgraph.graph import eager_on_graph
+from breakgraph.kernels.causal_conv import causal_conv, causal_conv_step
+from breakgraph.layers.linear import CheckpointSlot, row_slot, weight_parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +205,16 @@ class RadixLinearAttention(nn.Module, ABC):
     ``conv_state`` (``[num_slots, kernel_size - 1, channels]``) and ``state``
     (``[num_slots, *state_shape]``, float32) are bound by the Mamba pool before the first forward.
 
+    Args:
+        channels: this rank's channels of the convolution, part by part.
+        kernel_size: of the convolution.
+        conv_bias: whether it has a bias.
+        state_shape: of a request's recurrent state.
+        out_features: of each token.
+
     Attributes:
         chunk_size: tokens of a chunk, as the kernels want them.
         conv_shape: ``(kernel_size - 1, channels)``, the inputs that the next token still needs.
-        state_shape: of a request's recurrent state.
-        out_features: of each token.
     """
 
     chunk_size: ClassVar[int] = 64
@@ -214,11 +222,27 @@ class RadixLinearAttention(nn.Module, ABC):
     state: torch.Tensor
 
     def __init__(
-        self, conv_shape: tuple[int, int], state_shape: tuple[int, ...], out_features: int
+        self,
+        *,
+        channels: tuple[Shard, ...],
+        kernel_size: int,
+        conv_bias: bool,
+        state_shape: tuple[int, ...],
+        out_features: int,
     ) -> None:
         super().__init__()
-        self.conv_shape, self.state_shape = conv_shape, state_shape
+        self._channels, count = channels, sum(part.size for part in channels)
+        self.conv_weight = weight_parameter(count, kernel_size)
+        self.conv_bias = weight_parameter(count) if conv_bias else None
+        self.conv_shape, self.state_shape = (kernel_size - 1, count), state_shape
         self.out_features = out_features
+
+    def conv_slots(self) -> dict[str, CheckpointSlot]:
+        """By checkpoint name; the weight has a dimension more there."""
+        named = {"conv1d.weight": self.conv_weight.detach().unsqueeze(1)}
+        if self.conv_bias is not None:
+            named["conv1d.bias"] = self.conv_bias.detach()
+        return {name: row_slot(tensor, *self._channels) for name, tensor in named.items()}
 
     def forward(self, *projected: torch.Tensor) -> torch.Tensor:
         """Mix the tokens of each request.
@@ -249,6 +273,17 @@ class RadixLinearAttention(nn.Module, ABC):
             self.step(plan, *tensors)
         else:
             self.extend(plan, *tensors)
+
+    def convolve(
+        self, plan: ExtendPlan | StepPlan, channels: torch.Tensor, mixed: torch.Tensor
+    ) -> None:
+        """Write the convolution of ``channels: [rows, channels]``, activated, into ``mixed``."""
+        common = (channels, self.conv_weight, self.conv_bias, self.conv_state)
+        if isinstance(plan, StepPlan):
+            causal_conv_step(*common, plan.slots, mixed)
+        else:
+            slots = (plan.initial_slots, plan.final_slots)
+            causal_conv(*common, plan.cu_seqlens, *slots, plan.chunks, self.chunk_size, mixed)
 
     @abstractmethod
     def require_kernels(self) -> None:

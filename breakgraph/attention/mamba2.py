@@ -14,7 +14,6 @@ from torch import nn
 
 from breakgraph.attention.linear_attention import ExtendPlan, RadixLinearAttention, StepPlan
 from breakgraph.distributed import Shard, equal_shard
-from breakgraph.kernels.causal_conv import causal_conv, causal_conv_step
 from breakgraph.kernels.launch import import_triton
 from breakgraph.kernels.mamba2 import mamba2_scan, mamba2_step
 from breakgraph.layers.linear import (
@@ -55,27 +54,26 @@ class Mamba2Recurrence(RadixLinearAttention):
         dt_limits: tuple[float, float],
     ) -> None:
         num_heads, inner, shared = heads.size, heads.size * head_dim, groups.size * state_size
-        channels = inner + 2 * shared
-        super().__init__((kernel_size - 1, channels), (num_heads, head_dim, state_size), inner)
+        super().__init__(
+            channels=(heads.of(head_dim), groups.of(state_size), groups.of(state_size)),
+            kernel_size=kernel_size,
+            conv_bias=conv_bias,
+            state_shape=(num_heads, head_dim, state_size),
+            out_features=inner,
+        )
         self._split = (inner, shared, shared)
         self._heads_here = heads
-        self._channels = (heads.of(head_dim), groups.of(state_size), groups.of(state_size))
         self._head_dim, self._state_size = head_dim, state_size
         self._dt_limits = dt_limits
-        self.conv_weight = weight_parameter(channels, kernel_size)
-        self.conv_bias = weight_parameter(channels) if conv_bias else None
         self.A_log = weight_parameter(num_heads)
         self.D = weight_parameter(num_heads)
         self.dt_bias = weight_parameter(num_heads)
 
     def checkpoint_slots(self) -> dict[str, CheckpointSlot]:
-        """By checkpoint name beside this module; a convolution's weight has a dimension more."""
+        """By checkpoint name beside this module."""
         named = {"A_log": self.A_log, "D": self.D, "dt_bias": self.dt_bias}
         slots = {n: row_slot(p.detach(), self._heads_here) for n, p in named.items()}
-        if self.conv_bias is not None:
-            slots["conv1d.bias"] = row_slot(self.conv_bias.detach(), *self._channels)
-        weight = self.conv_weight.detach().unsqueeze(1)
-        return slots | {"conv1d.weight": row_slot(weight, *self._channels)}
+        return slots | self.conv_slots()
 
     def require_kernels(self) -> None:
         import_triton()
@@ -88,18 +86,7 @@ class Mamba2Recurrence(RadixLinearAttention):
 
     def extend(self, plan: ExtendPlan, *tensors: torch.Tensor) -> None:
         channels, dt, mixed, x, b, c, out = tensors
-        causal_conv(
-            channels,
-            self.conv_weight,
-            self.conv_bias,
-            self.conv_state,
-            plan.cu_seqlens,
-            plan.initial_slots,
-            plan.final_slots,
-            plan.chunks,
-            self.chunk_size,
-            mixed,
-        )
+        self.convolve(plan, channels, mixed)
         mamba2_scan(
             x,
             b,
@@ -121,9 +108,7 @@ class Mamba2Recurrence(RadixLinearAttention):
 
     def step(self, plan: StepPlan, *tensors: torch.Tensor) -> None:
         channels, dt, mixed, x, b, c, out = tensors
-        causal_conv_step(
-            channels, self.conv_weight, self.conv_bias, self.conv_state, plan.slots, mixed
-        )
+        self.convolve(plan, channels, mixed)
         mamba2_step(
             x,
             b,

@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from breakgraph.kernels.launch import power_of_two
+
 CHUNK = 64
 """Tokens of a chunk: the only size for which fla has the system and its inverse in one kernel."""
 
@@ -98,7 +100,7 @@ def gated_delta_rule_on_cuda(
     wide = k.dtype == torch.float32
     many = num_requests * heads * -(-value_dim // 32) > MANY_PROGRAMS and not wide
     layer = (key_heads, heads, key_dim, value_dim, CHUNK)
-    block_k, block_v = max(16, _power_of_2(key_dim)), _power_of_2(value_dim)
+    block_k, block_v = max(16, power_of_two(key_dim)), power_of_two(value_dim)
     scan_v = 64 if many else 32
     scan_tiles = {"num_warps": 4, "num_stages": 2 if many or wide else 3}
     out_k, out_v = (32, 32) if wide else (128, 64)
@@ -145,10 +147,6 @@ def gated_delta_rule_on_cuda(
         *(*layer, out_k, out_v, True, False, False, True),
         options=OUT_TILES | exact,
     )
-
-
-def _power_of_2(size: int) -> int:
-    return 1 << (size - 1).bit_length()
 
 
 def _specialization(tensor: torch.Tensor) -> tuple[torch.dtype, bool, int]:
@@ -207,7 +205,7 @@ def gated_delta_step_on_cuda(
         HV=heads,
         K=key_dim,
         V=value_dim,
-        BK=_power_of_2(key_dim),
+        BK=power_of_two(key_dim),
         BV=STEP_BLOCK_V,
         **STEP_TILES,
     )

@@ -83,14 +83,11 @@ class KVSpace:
         """
         return self._branches.get(row, 0)
 
-    def can_extend(self, row: int, count: int) -> bool:
-        return self.table.pages_to_extend(row, count) <= self.available_pages
-
     def extend(self, row: int, count: int) -> np.ndarray:
         """Slots for ``count`` more tokens of ``row``, evicting what they need.
 
         Raises:
-            OutOfSlotsError: ``can_extend`` is False; the row stays as it was.
+            OutOfSlotsError: they take more than ``available_pages``; the row stays as it was.
         """
         self._free_pages(self.table.pages_to_extend(row, count))
         return self.table.extend(row, count)

@@ -4,8 +4,7 @@ A check leaves every request's keys, values and recurrent states bit for bit as 
 them, also when it fails itself: it keeps them before it runs and puts them back at its end.
 
 The eager forward has as many rows as the bucket. Then both ways run the same kernels on the same
-shapes, and what rounding is left is far below what a fault does; in bfloat16 on an H200 the two are
-equal bit for bit, while another row count alone moves logits by 0.1. Its padding holds other values
+shapes, and what rounding is left is far below what a fault does. Its padding holds other values
 than the graph's, so that padding which leaks into a real row differs too.
 """
 
