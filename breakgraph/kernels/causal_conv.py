@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import pairwise
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -247,8 +246,13 @@ _library.impl("causal_conv_step", causal_conv_step_reference, "CPU")
 _library.impl("causal_conv_step", _step_on_cuda, "CUDA")
 
 
+class _Kernels(NamedTuple):
+    extend: DirectLaunch
+    step: DirectLaunch
+
+
 @cache
-def _kernels() -> SimpleNamespace:
+def _kernels() -> _Kernels:
     """The Triton kernels; made on first use, because Triton is there only where CUDA is."""
     global tl
     triton, tl = import_triton()
@@ -387,4 +391,4 @@ def _kernels() -> SimpleNamespace:
         tl.debug_barrier()
         tl.store(states, shifted, mask=kept)
 
-    return SimpleNamespace(extend=DirectLaunch(extend), step=DirectLaunch(step))
+    return _Kernels(extend=DirectLaunch(extend), step=DirectLaunch(step))

@@ -11,6 +11,7 @@ host for 5 to 9 µs more.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +34,12 @@ class Specialization:
     constants: tuple[Any, ...]
     warps: int
     stages: int = 1
+
+
+@cache
+def specialized(constants: tuple[Any, ...], warps: int) -> Specialization:
+    """The one specialization of these constants, for a kernel with few of them."""
+    return Specialization(constants, warps)
 
 
 class DirectLaunch:

@@ -7,8 +7,7 @@ returns at once. Slots lie up to 2³¹ elements and more apart, so offsets of st
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -172,8 +171,14 @@ def _require_dense(**strides: Strides) -> None:
         raise ValueError(f"a dense last dimension is needed, and these strides have gaps: {gaps}")
 
 
+class _Kernels(NamedTuple):
+    carry: DirectLaunch
+    outputs: DirectLaunch
+    step: DirectLaunch
+
+
 @cache
-def _kernels() -> SimpleNamespace:
+def _kernels() -> _Kernels:
     """The Triton kernels; made on first use, because Triton is there only where CUDA is."""
     global tl, _step_size
     triton, tl = import_triton()
@@ -411,6 +416,6 @@ def _kernels() -> SimpleNamespace:
         to = out + row * OUT_ROW + head * OUT_HEAD + p
         tl.store(to, y.to(out.dtype.element_ty), mask=p_held)
 
-    return SimpleNamespace(
+    return _Kernels(
         carry=DirectLaunch(carry), outputs=DirectLaunch(outputs), step=DirectLaunch(step)
     )

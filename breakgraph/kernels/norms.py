@@ -12,13 +12,12 @@ is its plain-torch reference.
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from breakgraph.kernels.direct_launch import DirectLaunch
+from breakgraph.kernels.direct_launch import DirectLaunch, specialized
 from breakgraph.kernels.launch import check_rows, import_triton, power_of_two
 
 GATED_BLOCK, GATED_WARPS = 1024, 4
@@ -194,8 +193,10 @@ def _norm_rows(
             (rows, 1, 1),
             (x, other, weight, out),
             (),
-            (x.stride(0), other.stride(0), eps, offset, added is not None, size, block),
-            warps=_row_warps(block),
+            specialized(
+                (x.stride(0), other.stride(0), eps, offset, added is not None, size, block),
+                _row_warps(block),
+            ),
         )
     return out
 
@@ -230,11 +231,13 @@ def _gated_rms_norm_on_cuda(
             (rows, -(-groups // held), 1),
             (x, gate, weight, out),
             (),
-            (
-                *(x.stride(0), gate.stride(0), eps, gate_first, one_weight),
-                *(groups, group_size, held, block),
+            specialized(
+                (
+                    *(x.stride(0), gate.stride(0), eps, gate_first, one_weight),
+                    *(groups, group_size, held, block),
+                ),
+                min(16, max(1, GATED_WARPS * held * block // GATED_BLOCK)),
             ),
-            warps=min(16, max(1, GATED_WARPS * held * block // GATED_BLOCK)),
         )
     return out
 
@@ -247,8 +250,13 @@ _library.impl("gated_rms_norm", gated_rms_norm_reference, "CPU")
 _library.impl("gated_rms_norm", _gated_rms_norm_on_cuda, "CUDA")
 
 
+class _Kernels(NamedTuple):
+    norm: DirectLaunch
+    gated_norm: DirectLaunch
+
+
 @cache
-def _kernels() -> SimpleNamespace:
+def _kernels() -> _Kernels:
     """The Triton kernels; made on first use, because Triton is there only where CUDA is."""
     global tl
     triton, tl = import_triton()
@@ -321,4 +329,4 @@ def _kernels() -> SimpleNamespace:
         to = out + row * (NUM_GROUPS * GROUP_SIZE) + at
         tl.store(to, value.to(out.dtype.element_ty), mask=held)
 
-    return SimpleNamespace(norm=DirectLaunch(norm), gated_norm=DirectLaunch(gated_norm))
+    return _Kernels(norm=DirectLaunch(norm), gated_norm=DirectLaunch(gated_norm))

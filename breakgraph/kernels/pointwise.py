@@ -8,13 +8,12 @@ place of those: ``silu`` is rounded before the product with ``up``.
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from breakgraph.kernels.direct_launch import DirectLaunch
+from breakgraph.kernels.direct_launch import DirectLaunch, specialized
 from breakgraph.kernels.launch import check_rows, import_triton
 
 BLOCK, WARPS = 2048, 8
@@ -78,8 +77,8 @@ def silu_mul_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def _relu_squared_on_cuda(x: torch.Tensor) -> None:
     rows, size = x.shape
     if x.numel():
-        grid, constants = (rows, -(-size // BLOCK), 1), (x.stride(0), size, BLOCK)
-        _kernels().relu_squared(grid, (x,), (), constants, warps=WARPS)
+        special = specialized((x.stride(0), size, BLOCK), WARPS)
+        _kernels().relu_squared((rows, -(-size // BLOCK), 1), (x,), (), special)
 
 
 def _silu_mul_on_cuda(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -90,8 +89,7 @@ def _silu_mul_on_cuda(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
             (rows, -(-size // BLOCK), 1),
             (gate, up, out),
             (),
-            (gate.stride(0), up.stride(0), size, BLOCK),
-            warps=WARPS,
+            specialized((gate.stride(0), up.stride(0), size, BLOCK), WARPS),
         )
     return out
 
@@ -102,8 +100,13 @@ _library.impl("silu_mul", silu_mul_reference, "CPU")
 _library.impl("silu_mul", _silu_mul_on_cuda, "CUDA")
 
 
+class _Kernels(NamedTuple):
+    relu_squared: DirectLaunch
+    silu_mul: DirectLaunch
+
+
 @cache
-def _kernels() -> SimpleNamespace:
+def _kernels() -> _Kernels:
     """The Triton kernels; made on first use, because Triton is there only where CUDA is."""
     global tl
     triton, tl = import_triton()
@@ -136,4 +139,4 @@ def _kernels() -> SimpleNamespace:
         active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype.element_ty).to(tl.float32)
         tl.store(out + row * SIZE + col, (active * factor).to(out.dtype.element_ty), mask=held)
 
-    return SimpleNamespace(relu_squared=DirectLaunch(relu_squared), silu_mul=DirectLaunch(silu_mul))
+    return _Kernels(relu_squared=DirectLaunch(relu_squared), silu_mul=DirectLaunch(silu_mul))

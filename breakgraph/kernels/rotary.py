@@ -13,12 +13,11 @@ its plain-torch reference.
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from breakgraph.kernels.direct_launch import DirectLaunch
+from breakgraph.kernels.direct_launch import DirectLaunch, specialized
 from breakgraph.kernels.launch import import_triton, power_of_two
 
 BLOCK, WARPS = 1024, 4
@@ -188,12 +187,14 @@ def _on_cuda(
             (rows, blocks, 1),
             (q, k, v, *weights, cos_sin, out_cache_loc, q_out, k_out, k_cache, v_cache),
             (),
-            (
-                *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
-                *(eps, offset, q_weight is not None, heads, kv_heads, head_dim, half, block_h),
-                *(power_of_two(size) for size in (half, head_dim - 2 * half, head_dim)),
+            specialized(
+                (
+                    *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
+                    *(eps, offset, q_weight is not None, heads, kv_heads, head_dim, half, block_h),
+                    *(power_of_two(size) for size in (half, head_dim - 2 * half, head_dim)),
+                ),
+                WARPS,
             ),
-            warps=WARPS,
         )
     return q_out, k_out
 
@@ -202,8 +203,12 @@ _library.impl("qk_norm_rope_store", qk_norm_rope_store_reference, "CPU")
 _library.impl("qk_norm_rope_store", _on_cuda, "CUDA")
 
 
+class _Kernels(NamedTuple):
+    qk_norm_rope_store: DirectLaunch
+
+
 @cache
-def _kernels() -> SimpleNamespace:
+def _kernels() -> _Kernels:
     """The Triton kernels; made on first use, because Triton is there only where CUDA is."""
     global tl
     triton, tl = import_triton()
@@ -324,4 +329,4 @@ def _kernels() -> SimpleNamespace:
                 v_cache + slot * (KV_HEADS * HEAD_DIM) + head * HEAD_DIM + dim, value, mask=inside
             )
 
-    return SimpleNamespace(qk_norm_rope_store=DirectLaunch(qk_norm_rope_store))
+    return _Kernels(qk_norm_rope_store=DirectLaunch(qk_norm_rope_store))
