@@ -208,7 +208,8 @@ def place(
     Args:
         windows: the steps, in order.
         syncs: host begin and end, in ns, of the synchronisations made just before them.
-        calls: runtime calls, by the profiler's clock; the first ``SYNC`` ones are ``syncs``.
+        calls: runtime calls, by the profiler's clock; ``syncs`` are the first as many that are
+            ``SYNC`` and come one after the other.
         kernels: by the same clock. Those launched before ``syncs``, by a first run of the same
             steps, are left out.
 
@@ -223,7 +224,7 @@ def place(
             "be told to be a step's; this torch's CUPTI leaves the CUDA runtime out"
         )
     calls = sorted(calls, key=lambda call: call.start_us)
-    seen = [call for call in calls if call.name == SYNC][: len(syncs)]
+    seen = _first_row(calls, len(syncs))
     zero = windows[0].begin_ns
     if len(seen) == len(syncs) > 0:
         offset, begun = _offset(zero, syncs, seen), seen[0].start_us
@@ -245,6 +246,16 @@ def place(
             at = max(0, bisect_right(begins, called + offset) - 1)
         ops[at].append(OpSpan(kernel.name, kernel.start_us + offset, kernel.end_us + offset))
     return tuple(_step(window, zero, spans) for window, spans in zip(windows, ops, strict=True))
+
+
+def _first_row(calls: Sequence[Event], count: int) -> list[Event]:
+    """The first ``count`` calls in a row that are syncs: breaks make syncs too, one at a time."""
+    row: list[Event] = []
+    for call in calls:
+        row = [*row, call] if call.name == SYNC else []
+        if len(row) == count:
+            break
+    return row
 
 
 def _offset(zero: int, syncs: Sequence[tuple[int, int]], seen: Sequence[Event]) -> float:

@@ -91,6 +91,8 @@ WINDOWS = [
 SYNCS = [(1_000, 9_000), (9_200, 9_800)]
 CALLS = [
     Event("cudaGraphLaunch", 1, AHEAD - 50, AHEAD - 48),
+    Event(SYNC, 9, AHEAD - 46, AHEAD - 41),  # of a break of the first run
+    Event("cudaDeviceSynchronize", 10, AHEAD - 30, AHEAD - 20),
     Event(SYNC, 2, AHEAD + 4, AHEAD + 4.2),
     Event(SYNC, 3, AHEAD + 9.25, AHEAD + 9.75),
     Event("cudaGraphLaunch", 4, AHEAD + 10.2, AHEAD + 11.9),
