@@ -583,6 +583,6 @@ def test_on_a_gpu_sound_models_pass_and_a_fault_is_found(
             "different": 0,
             "skipped": 0,
         }
-        stale_buffer("positions")(monkeypatch)
+        stale_buffer("hidden_states")(monkeypatch)
         engine.generate([[3] * 12], 1)
         assert len(verifier.mismatches) == 1 and "segment before" in verifier.mismatches[0].place
