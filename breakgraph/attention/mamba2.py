@@ -40,6 +40,7 @@ class Mamba2Recurrence(RadixLinearAttention):
         dt_limits: the least and the greatest time step.
     """
 
+    chunk_size = 128
     float32_parameters = ("A_log", "D", "dt_bias")
 
     def __init__(
