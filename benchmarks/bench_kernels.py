@@ -1,4 +1,4 @@
-"""What the fused token-wise kernels cost against torch ops, and the products they stand between.
+"""What our kernels cost against torch ops: token-wise ones, products of few rows, routed experts.
 
 Every figure is of one call among many in a CUDA graph, the calls on buffers of their own, so that
 launches cost nothing and long inputs come from memory, not from the cache.
@@ -23,6 +23,14 @@ from breakgraph.kernels.norms import (
 )
 from breakgraph.kernels.pointwise import relu_squared_, silu_mul
 from breakgraph.kernels.rotary import qk_norm_rope_store
+from breakgraph.kernels.routed_experts import routed_down, routed_up, sort_routes, sum_routed
+from breakgraph.kernels.small_products import (
+    Activation,
+    add_small_product,
+    serves,
+    small_product,
+)
+from breakgraph.kernels.small_products_cuda import ROW_CLASSES
 
 Call = Callable[[], object]
 Row = dict[str, str | float]
@@ -40,6 +48,36 @@ SHAPES = {
 HEAD_DIM = 128
 NEMOTRON_HIDDEN, NEMOTRON_MLP = 4096, 21504
 MAMBA_SIZE, MAMBA_GROUP, MAMBA_PROJECTION = 8192, 1024, 18560
+
+PRODUCTS: dict[str, list[tuple[str, int, int]]] = {
+    # shape: products of a layer, and the weight's rows and columns
+    "qwen3-0.6b": [
+        ("qkv", 4096, 1024),
+        ("out", 1024, 2048),
+        ("gate_up", 6144, 1024),
+        ("down", 1024, 3072),
+    ],
+    "qwen3-8b": [
+        ("qkv", 6144, 4096),
+        ("out", 4096, 4096),
+        ("gate_up", 24576, 4096),
+        ("down", 4096, 12288),
+    ],
+    "nemotron-h-8b": [
+        ("in", MAMBA_PROJECTION, NEMOTRON_HIDDEN),
+        ("out", NEMOTRON_HIDDEN, MAMBA_SIZE),
+        ("up", NEMOTRON_MLP, NEMOTRON_HIDDEN),
+        ("down", NEMOTRON_HIDDEN, NEMOTRON_MLP),
+    ],
+}
+
+EXPERTS = {
+    # name: experts, of them for a row, size, their own size, gated
+    "qwen3-30b-a3b": (128, 8, 2048, 768, True),
+    "qwen3-next-80b": (512, 10, 2048, 512, True),
+    "deepseek-v2-lite": (64, 6, 2048, 1408, True),
+    "nemotron-3-nano": (128, 6, 2688, 1856, False),
+}
 
 
 @dataclass(frozen=True)
@@ -245,6 +283,73 @@ def residual_row(shape: str, rows: int, inputs: int) -> Row:
     return row | dict(zip(names, times, strict=True))
 
 
+def product_row(shape: str, name: str, features: int, size: int, rows: int) -> Row:
+    """A norm and a product of few rows with what follows it: torch's library's, or our kernel."""
+    sets = max(2, -(-CACHE_BYTES // (2 * features * size)))
+    x, scale, residual = normal(rows, size), normal(size), normal(rows, features)
+    weights = [normal(features, size) * size**-0.5 for _ in range(sets)]
+    fused: dict[str, Activation] = {"gate_up": "silu_mul", "up": "relu_squared"}
+    activation = fused.get(name, "none")
+
+    def torchs(weight: torch.Tensor) -> torch.Tensor:
+        normed = rms_norm(x, scale, EPS)
+        if name in ("out", "down"):
+            return residual.addmm_(normed, weight.t())
+        product = F.linear(normed, weight)
+        if activation == "silu_mul":
+            return silu_mul(*product.chunk(2, dim=1))
+        return product if activation == "none" else relu_squared_(product)
+
+    def ours(weight: torch.Tensor) -> torch.Tensor:
+        normed = rms_norm(x, scale, EPS)
+        if name not in ("out", "down"):
+            return small_product(normed, weight, activation)
+        add_small_product(residual, normed, weight)
+        return residual
+
+    took, torch_took = graph_us(
+        [partial(ours, w) for w in weights], [partial(torchs, w) for w in weights], at_least=8
+    )
+    row: Row = {"shape": shape, "product": name, "rows": rows, "us": took, "torch_us": torch_took}
+    return row | {"used": str(serves(weights[0], activation))}
+
+
+def experts_row(shape: str, rows: int) -> Row:
+    """Routed experts, each kernel and all, and torch's grouped products with a gather before."""
+    count, top_k, size, inner, gated = EXPERTS[shape]
+    up = normal(count, 2 * inner if gated else inner, size) * size**-0.5
+    down = normal(count, size, inner) * inner**-0.5
+    x, live = normal(rows, size), torch.tensor([rows], dtype=torch.int32, device="cuda")
+    weights, experts = torch.randn(rows, count, device="cuda").softmax(-1).topk(top_k)
+    routes = sort_routes(experts, live, 0, count)
+    ends, index = routes.offsets, routes.rows.long()
+    hidden = routed_up(x, routes.rows, ends, up, gated=gated, spread=count)
+    routed = routed_down(hidden, ends, down, spread=count)
+
+    def whole() -> torch.Tensor:
+        found = sort_routes(experts, live, 0, count)
+        inside = routed_up(x, found.rows, found.offsets, up, gated=gated, spread=count)
+        outside = routed_down(inside, found.offsets, down, spread=count)
+        return sum_routed(outside, found.places, weights)
+
+    def grouped() -> torch.Tensor:
+        wide = F.grouped_mm(x.index_select(0, index), up.mT, offs=ends)
+        inside = silu_mul(*wide.chunk(2, dim=1)) if gated else relu_squared_(wide)
+        return F.grouped_mm(inside, down.mT, offs=ends)
+
+    calls: dict[str, Call] = {
+        "sort_us": lambda: sort_routes(experts, live, 0, count),
+        "up_us": lambda: routed_up(x, routes.rows, ends, up, gated=gated, spread=count),
+        "down_us": lambda: routed_down(hidden, ends, down, spread=count),
+        "sum_us": lambda: sum_routed(routed, routes.places, weights),
+        "all_us": whole,
+        "grouped_us": grouped,
+    }
+    times = graph_us(*([call] for call in calls.values()), at_least=4)
+    row: Row = {"shape": shape, "rows": rows}
+    return row | dict(zip(calls, times, strict=True))
+
+
 def show(rows: list[Row]) -> None:
     widths = {key: max(10, len(key)) for key in rows[0]}
     widths |= {"kernel": 18, "shape": 14} if "kernel" in widths else {"shape": 14}
@@ -271,8 +376,18 @@ def main() -> None:
         for rows in args.rows
     ]
     show(residual)
+    products = [
+        product_row(shape, *product, rows)
+        for shape, listed in PRODUCTS.items()
+        for product in listed
+        for rows in ROW_CLASSES
+    ]
+    show(products)
+    experts = [experts_row(shape, rows) for shape in EXPERTS for rows in args.rows]
+    show(experts)
     print(machine())
     result = {"kernels": kernels, "feed_forward": feed_forward, "residual": residual}
+    result |= {"products": products, "experts": experts}
     write_json(args.output, result)
 
 

@@ -1,7 +1,8 @@
 """Prefill, eager against graphs: host token ids in, last-token logits on the device.
 
 All modes run the same model code on the same buffers, batch preparation included, turn by turn,
-so that drift meets all alike. "captured" is breakable with --linear-attention-capture.
+so that drift meets all alike. "captured" is breakable with --linear-attention-capture. With
+``--mode auto`` there are full graphs too, and "auto" is what dispatch makes of all of them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from benchmarks.common import machine, median, model_runner, shape_names, timed,
 from breakgraph.forward import ForwardBatch
 from breakgraph.runner import ModelRunner
 
+GRAPHS = ("breakable", "captured", "full")
 TOKENS = (16, 32, 64, 100, 128, 256, 300, 512, 769, 1024, 1025, 2048, 3000, 4096)
 
 
@@ -33,12 +35,7 @@ def measure(runner: ModelRunner, num_tokens: int, batch_size: int, repeats: int)
         with served_by(runner, mode):
             return runner.forward(batch, allow_graph=mode != "eager")
 
-    modes = ["eager", "breakable"]
-    if (
-        runner.linear_graph_runner is not None
-        and batch_size <= runner.args.linear_attention_capture
-    ):
-        modes.append("captured")
+    modes = modes_for(runner, ForwardBatch.from_requests(ids, slots))
     times: dict[str, list[tuple[float, float]]] = {mode: [] for mode in modes}
     for repeat in range(repeats + 3):
         for mode in modes:
@@ -51,30 +48,58 @@ def measure(runner: ModelRunner, num_tokens: int, batch_size: int, repeats: int)
         row[f"{mode}_event_ms"] = median([event for _, event in times[mode]])
         if mode != "eager":
             row[f"{mode}_bucket"] = prefill(mode).dispatch.bucket
+    if "auto" in modes:
+        dispatch = prefill("auto").dispatch
+        row["auto_takes"] = "eager" if dispatch.bucket is None else dispatch.kind
+        single = [row[f"{mode}_ms"] for mode in modes if mode != "auto"]
+        row["auto_over_best"] = row["auto_ms"] / min(single)
     row["speedup"] = row["eager_ms"] / row[f"{modes[-1]}_ms"]
     return row
 
 
+def modes_for(runner: ModelRunner, batch: ForwardBatch) -> list[str]:
+    """Eager, the kinds of graphs that can hold ``batch``, and "auto" where dispatch chooses."""
+    graphs = runner.prefill_graph_runners[::-1]
+    kinds = [each.kind for each in graphs if each.refuses(batch) is None]
+    chooses = runner.args.cuda_graph_backend_prefill == "auto"
+    return ["eager", *kinds, *(["auto"] if chooses else [])]
+
+
 @contextmanager
 def served_by(runner: ModelRunner, mode: str) -> Iterator[None]:
-    """Without the graphs that hold the recurrent mixers, unless ``mode`` is "captured"."""
-    graphs = runner.linear_graph_runner
-    if mode != "captured":
-        runner.linear_graph_runner = None
+    """By the graphs of one kind alone, unless ``mode`` is "auto".
+
+    Beside "auto" they serve whatever fits a bucket; without it they do as in a server.
+    """
+    names = ("graph_runner", "linear_graph_runner", "full_graph_runner")
+    graphs = {name: getattr(runner, name) for name in names}
+    known = {name: each.costs for name, each in graphs.items() if each is not None}
+    chooses = runner.args.cuda_graph_backend_prefill == "auto"
+    for name, each in graphs.items():
+        if each is not None and mode != "auto":
+            setattr(runner, name, each if each.kind == mode else None)
+            each.costs = None if chooses else each.costs
     try:
         yield
     finally:
-        runner.linear_graph_runner = graphs
+        for name, each in graphs.items():
+            setattr(runner, name, each)
+            if each is not None:
+                each.costs = known[name]
 
 
 def shown(row: dict[str, Any]) -> str:
     """A line of the table."""
     text = f"{row['tokens']:6d} {row['batch_size']:3d} {row['eager_ms']:10.3f}"
-    for mode in ("breakable", "captured"):
+    for mode in GRAPHS:
         ms, bucket = row.get(f"{mode}_ms"), row.get(f"{mode}_bucket")
         cell = "-" if ms is None else f"{ms:.3f} ({bucket or 'eager'})"
         text += f" {cell:>17}"
-    return f"{text} {row['speedup']:8.2f}x"
+    text += f" {row['speedup']:8.2f}x"
+    if "auto_ms" in row:
+        taken = f"{row['auto_ms']:.3f} {row['auto_takes']}"
+        text += f" {taken:>19} {row['auto_over_best']:.3f}x"
+    return text
 
 
 def main() -> None:
@@ -90,20 +115,24 @@ def main() -> None:
         metavar="R",
         help="also time graphs that hold a hybrid's recurrent mixers, for up to R requests",
     )
+    parser.add_argument("--mode", choices=("breakable", "full", "auto"), default="breakable")
+    parser.add_argument("--prefill-graph-requests", type=int, default=8, metavar="R")
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args()
     flags = {
-        "enable_breakable_cuda_graph": True,
+        "cuda_graph_backend_prefill": args.mode,
+        "prefill_graph_requests": args.prefill_graph_requests,
         "chunked_prefill_size": max(args.tokens),
         "linear_attention_capture": args.linear_attention_capture,
     }
     with model_runner(args.shape, max_total_tokens=max(args.tokens), **flags) as runner:
-        graphs = [g for g in (runner.graph_runner, runner.linear_graph_runner) if g is not None]
+        graphs = runner.prefill_graph_runners
         if not graphs:
             raise SystemExit("the model offers no layer stack, so there is nothing to compare")
         seconds = [round(one.capture_seconds, 2) for one in graphs]
         print(f"{args.shape} on {machine()}: captured in {seconds} s")
-        print("tokens  bs   eager ms  breakable (bucket) captured (bucket)  speed-up")
+        heads = " ".join(f"{f'{kind} (bucket)':>17}" for kind in GRAPHS)
+        print(f"tokens  bs   eager ms {heads}  speed-up        auto ms, its way  of the best")
         rows = []
         for tokens in args.tokens:
             for batch_size in args.batch_sizes:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,24 +13,35 @@ from typing import Any
 
 import torch
 
+from benchmarks.shapes import SHAPES, model_folder, shape_names
+from breakgraph.models import PrefillModel
 from breakgraph.runner import ModelRunner
 from breakgraph.server_args import ServerArgs
 
-SHAPES = Path(__file__).parent / "shapes"
-
-
-def shape_names() -> list[str]:
-    return sorted(path.stem for path in SHAPES.glob("*.json"))
+__all__ = [
+    "SHAPES",
+    "machine",
+    "median",
+    "model_folder",
+    "model_runner",
+    "shape_names",
+    "timed",
+    "write_json",
+]
 
 
 @contextmanager
-def model_runner(shape: str, **flags: Any) -> Iterator[ModelRunner]:
-    """A runner for the named shape: dummy weights, decode eager; its memory is freed at the end."""
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(SHAPES / f"{shape}.json", Path(folder) / "config.json")
+def model_runner(
+    shape: str, *, model: PrefillModel | None = None, **flags: Any
+) -> Iterator[ModelRunner]:
+    """A runner for the named shape: dummy weights, decode eager; its memory is freed at the end.
+
+    With ``model`` it runs that, loaded already, over pools of its own.
+    """
+    with model_folder(shape) as folder:
         defaults = {"load_format": "dummy", "skip_tokenizer_init": True, "disable_cuda_graph": True}
         args = ServerArgs(model_path=folder, **(defaults | flags))
-        runner = ModelRunner(args)
+        runner = ModelRunner(args, model=model)
         yield runner
         del runner
     if torch.cuda.is_available():

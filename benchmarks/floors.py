@@ -1,0 +1,128 @@
+"""What no launch can save: a prefill's matrix products alone, and its kernels by class.
+
+The products are those of every weight of the layer stack and of the head, by torch's library, in
+the order of the model's modules, in one CUDA graph: what a prefill of many tokens cannot be faster
+than. Few rows our own kernels may multiply faster, and experts at any count: torch's grouped
+product takes longer alone than a whole prefill, so a model with experts has no floor.
+Kernels are timed within a whole prefill by the profiler, each by its own duration, so that gaps
+between them count for nothing. The second floor is the products and the mixers' kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.common import median, timed
+from breakgraph.forward import ForwardBatch
+from breakgraph.inspection.figures import CATEGORIES, category
+from breakgraph.layers import Embedding
+from breakgraph.layers.moe_experts import Experts
+from breakgraph.models import CausalLM, PrefillModel
+from breakgraph.runner import ModelRunner
+
+Product = Callable[[], torch.Tensor]
+
+# Triton kernels carry their function's name alone.
+_CLASSES = {
+    **dict.fromkeys(("product", "finish", "up", "down"), "matrix product"),
+    **dict.fromkeys(("carry", "outputs", "step", "extend", "gates", "summed"), "mixer"),
+    **dict.fromkeys(("scan", "split", "merge"), "mixer"),
+    **dict.fromkeys(("sort", "find"), "copy"),
+}
+
+
+def has_floor(model: PrefillModel) -> bool:
+    """Whether the products by torch's library are what bounds a prefill."""
+    return not any(isinstance(module, Experts) for module in model.modules())
+
+
+def prefill_batch(vocab_size: int, tokens: int, batch_size: int) -> ForwardBatch:
+    """``tokens`` random tokens in ``batch_size`` requests of about the same length."""
+    random = np.random.default_rng(tokens)
+    parts = np.array_split(np.arange(1, tokens + 1), batch_size)
+    ids = [random.integers(0, vocab_size, len(part)).tolist() for part in parts]
+    return ForwardBatch.from_requests(ids, parts)
+
+
+def matrix_products(model: PrefillModel, tokens: int, last_rows: int) -> list[Product]:
+    """Every product of a prefill of ``tokens``, of which ``last_rows`` go through the head."""
+    inputs: dict[tuple[int, int], torch.Tensor] = {}
+
+    def rows_of(rows: int, weight: torch.Tensor) -> torch.Tensor:
+        key = (rows, weight.shape[-1])
+        if key not in inputs:
+            inputs[key] = torch.randn(*key, dtype=weight.dtype, device=weight.device)
+        return inputs[key]
+
+    def plain(rows: int, weight: torch.Tensor) -> Product:
+        x = rows_of(rows, weight)
+        return lambda: F.linear(x, weight)
+
+    products: list[Product] = []
+    for module in model.get_layer_stack().modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, Embedding | nn.Embedding):
+            continue
+        if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+            products.append(plain(tokens, weight))
+    if isinstance(model, CausalLM):
+        products.append(plain(last_rows, model.lm_head_weight))
+    return products
+
+
+@torch.no_grad()
+def products_ms(model: PrefillModel, tokens: int, last_rows: int = 1, repeats: int = 7) -> float:
+    """Milliseconds of all matrix products: a graph's replay on a GPU, the calls on a CPU."""
+    products = matrix_products(model, tokens, last_rows)
+
+    def run() -> None:
+        for product in products:
+            product()
+
+    run()
+    if not torch.cuda.is_available():
+        return median([timed(run)[1] for _ in range(repeats)])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    return median([timed(graph.replay)[1] for _ in range(repeats)])
+
+
+def kernel_classes(runner: ModelRunner, tokens: int, batch_size: int = 1) -> dict[str, float]:
+    """Milliseconds of a prefill's kernels by class, as it is dispatched; ops on a CPU."""
+    batch = prefill_batch(runner.vocab_size, tokens, batch_size)
+    runner.forward(batch)
+    cuda = torch.cuda.is_available()
+    activity = torch.profiler.ProfilerActivity
+    if cuda:
+        torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profile:
+        runner.forward(batch)
+        if cuda:
+            torch.cuda.synchronize()
+    found: dict[str, float] = {}
+    for event in profile.events():
+        us = _device_us(event, cuda)
+        if us > 0:
+            kind = kernel_class(event.name)
+            found[kind] = found.get(kind, 0.0) + us / 1e3
+    return {kind: found[kind] for kind in CATEGORIES if kind in found}
+
+
+def _device_us(event: Any, cuda: bool) -> float:
+    if not cuda:
+        return float(event.self_cpu_time_total) if event.name.startswith("aten::") else 0.0
+    on_device = event.device_type == torch.autograd.DeviceType.CUDA
+    return float(event.time_range.end - event.time_range.start) if on_device else 0.0
+
+
+def kernel_class(name: str) -> str:
+    """The class of a kernel, one of ``CATEGORIES`` of ``breakgraph.inspection.figures``."""
+    return _CLASSES.get(name) or category(name)
