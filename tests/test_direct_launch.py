@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from breakgraph.kernels.direct_launch import DirectLaunch, Specialization
+from breakgraph.kernels.direct_launch import DirectLaunch, Specialization, specialized
+from breakgraph.kernels.launch import launches_early
 
 
 class Compiled:
@@ -65,3 +66,11 @@ def test_what_needs_other_code_is_compiled_again(kernel: Kernel) -> None:
     launch((1, 1, 1), (x,), (plan,), Specialization((4,), warps=2))
     assert len(kernel.compiled) == 5
     assert not any(compiled.launches for compiled in kernel.compiled)
+
+
+def test_an_early_kernel_is_compiled_to_start_before_the_one_ahead_ends(kernel: Kernel) -> None:
+    launch, x = DirectLaunch(kernel), torch.zeros(64)
+    launch((1, 1, 1), (x,), (), specialized((3,), 2, early=True))
+    launch((1, 1, 1), (x,), (), specialized((3,), 2))
+    assert [options.get("launch_pdl", False) for options in kernel.options] == [True, False]
+    assert not launches_early(x.device)

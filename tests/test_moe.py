@@ -10,20 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from models_support import make_reference
 from safetensors.torch import load_file
 from transformers import NemotronHConfig, Qwen3NextConfig
 
 from breakgraph.graph import BreakableCUDAGraph, BreakableCUDAGraphCapture, CaptureAudit
 from breakgraph.layers import NemotronHMoe, QwenSparseMoe
-from breakgraph.layers.moe_experts import (
-    GatedExperts,
-    PlainExperts,
-    _can_group,
-    sort_by_expert,
-)
+from breakgraph.layers.moe_experts import GatedExperts, PlainExperts
 from breakgraph.layers.moe_router import SigmoidRouter
 from breakgraph.models.weights import checkpoint_slots
 
@@ -159,7 +152,7 @@ def test_a_captured_block_serves_every_count_and_every_row(case: Case) -> None:
         assert_close(out[:live], theirs[:live])
 
 
-@pytest.mark.parametrize("size", [16, 15], ids=["grouped", "every-expert"])
+@pytest.mark.parametrize("size", [16, 15])
 @pytest.mark.parametrize("kind", [GatedExperts, PlainExperts])
 def test_padded_rows_get_exactly_zero_from_the_experts(
     kind: type[GatedExperts | PlainExperts], size: int
@@ -167,7 +160,6 @@ def test_padded_rows_get_exactly_zero_from_the_experts(
     experts = kind(8, 32, size)
     for parameter in experts.parameters():
         parameter.normal_(0, 0.2)
-    assert _can_group(rows(), experts.down) == (size == 16)
     chosen = torch.stack([torch.randperm(8)[:3] for _ in range(ROWS)])
     weights = torch.rand(ROWS, 3)
     for count in range(ROWS + 1):
@@ -178,26 +170,6 @@ def test_padded_rows_get_exactly_zero_from_the_experts(
         assert torch.equal(out[count:], torch.zeros(ROWS - count, 32))
         assert out[:count].isfinite().all()
         weights = torch.rand(ROWS, 3)
-
-
-@given(
-    choices=st.lists(st.permutations(range(6)), max_size=9),
-    top_k=st.integers(1, 4),
-    padding=st.integers(0, 9),
-)
-def test_assignments_are_in_the_order_of_experts_then_rows_and_padding_is_last(
-    choices: list[list[int]], top_k: int, padding: int
-) -> None:
-    experts = torch.tensor(choices, dtype=torch.int64).view(-1, 6)[:, :top_k]
-    count = max(0, len(experts) - padding)
-    live = torch.arange(len(experts)) < count
-    order, sorted_rows, offsets, places = sort_by_expert(experts, live, 6)
-    pairs = [(int(experts[row, k]), row) for row in range(count) for k in range(top_k)]
-    assert sorted_rows[: len(pairs)].tolist() == [row for _, row in sorted(pairs)]
-    assert torch.equal(sorted_rows, order // top_k)
-    assert offsets.dtype == torch.int32
-    assert offsets.tolist() == [sum(e <= expert for e, _ in pairs) for expert in range(6)]
-    assert torch.equal(order[places].flatten(), torch.arange(experts.numel()))
 
 
 def test_a_bfloat16_router_chooses_as_transformers_does(case: Case) -> None:

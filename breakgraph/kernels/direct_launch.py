@@ -29,17 +29,19 @@ class Specialization:
         constants: the kernel's last arguments, all of them ``tl.constexpr``.
         warps: of a program.
         stages: depth of its software pipelines.
+        early: whether it may start while the kernel ahead still runs; see ``launches_early``.
     """
 
     constants: tuple[Any, ...]
     warps: int
     stages: int = 1
+    early: bool = False
 
 
 @cache
-def specialized(constants: tuple[Any, ...], warps: int) -> Specialization:
+def specialized(constants: tuple[Any, ...], warps: int, early: bool = False) -> Specialization:
     """The one specialization of these constants, for a kernel with few of them."""
-    return Specialization(constants, warps)
+    return Specialization(constants, warps, early=early)
 
 
 class DirectLaunch:
@@ -78,6 +80,7 @@ class DirectLaunch:
                 *(*tensors, *plan, *special.constants),
                 num_warps=special.warps,
                 num_stages=special.stages,
+                **({"launch_pdl": True} if special.early else {}),
             )
             return
         compiled.run(

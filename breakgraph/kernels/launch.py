@@ -8,6 +8,7 @@ other.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +25,19 @@ def import_triton() -> tuple[Any, Any]:
             "pip install triton, or run on the CPU, where plain torch ops take their place"
         ) from error
     return triton, triton.language
+
+
+@cache
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel on ``device`` may start while the one ahead of it in the stream still runs.
+
+    Programmatic dependent launch, of compute capability 9 on, saves the 1 µs in which a chip is
+    empty between two kernels. The kernel waits (``gdc_wait``) before it reads or writes what
+    others do, and lets the next one start (``gdc_launch_dependents``) at its own start.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def power_of_two(size: int) -> int:

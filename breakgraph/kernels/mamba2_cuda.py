@@ -14,10 +14,11 @@ import torch
 from breakgraph.kernels.direct_launch import DirectLaunch, Specialization
 from breakgraph.kernels.launch import import_triton, power_of_two
 
-CARRY_BLOCK, CARRY_WARPS, CARRY_STAGES = 64, 4, 3
+CARRY_BLOCK, CARRY_WARPS, CARRY_STAGES = 64, 4, 2
 """Of ``state_dim`` a program holds this much, for all of ``head_dim``. On an H200 2048 tokens of
 NemotronH-8B (128 heads of 64, state 128) in chunks of 128 take 45 µs so, 52 with the whole state
-in a program, 85 with a quarter; in chunks of 64 they take 72."""
+in a program, 85 with a quarter; in chunks of 64 they take 72. Three stages leave a multiprocessor
+room for two programs: 8 requests of 2 tokens take 8 µs more so."""
 
 OUTPUT_ROWS, OUTPUT_WARPS, OUTPUT_STAGES = 64, 4, 1
 """Rows of a chunk that a program computes: the same tokens take 64 µs so, 91 with 32 rows, 110

@@ -18,7 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from breakgraph.kernels.direct_launch import DirectLaunch, specialized
-from breakgraph.kernels.launch import check_rows, import_triton, power_of_two
+from breakgraph.kernels.launch import (
+    check_rows,
+    import_triton,
+    launches_early,
+    power_of_two,
+)
 
 GATED_BLOCK, GATED_WARPS = 1024, 4
 """Elements that a program of the gated norm holds, in whole groups, at least one; its warps.
@@ -189,13 +194,15 @@ def _norm_rows(
     block = power_of_two(size)
     other = x if added is None else added
     if out.numel():
+        early = launches_early(x.device)
         _kernels().norm(
             (rows, 1, 1),
             (x, other, weight, out),
             (),
             specialized(
-                (x.stride(0), other.stride(0), eps, offset, added is not None, size, block),
+                (x.stride(0), other.stride(0), eps, offset, added is not None, size, block, early),
                 _row_warps(block),
+                early,
             ),
         )
     return out
@@ -226,7 +233,7 @@ def _gated_rms_norm_on_cuda(
     block, groups = power_of_two(group_size), size // group_size
     held = min(power_of_two(groups), max(1, GATED_BLOCK // block))
     if out.numel():
-        one_weight = len(weight) == group_size
+        one_weight, early = len(weight) == group_size, launches_early(x.device)
         _kernels().gated_norm(
             (rows, -(-groups // held), 1),
             (x, gate, weight, out),
@@ -234,9 +241,10 @@ def _gated_rms_norm_on_cuda(
             specialized(
                 (
                     *(x.stride(0), gate.stride(0), eps, gate_first, one_weight),
-                    *(groups, group_size, held, block),
+                    *(groups, group_size, held, block, early),
                 ),
                 min(16, max(1, GATED_WARPS * held * block // GATED_BLOCK)),
+                early,
             ),
         )
     return out
@@ -274,7 +282,11 @@ def _kernels() -> _Kernels:
         ADD: tl.constexpr,
         SIZE: tl.constexpr,
         BLOCK: tl.constexpr,
+        EARLY: tl.constexpr,
     ):
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         row = tl.program_id(0).to(tl.int64)
         col = tl.arange(0, BLOCK)
         held = col < SIZE
@@ -305,7 +317,11 @@ def _kernels() -> _Kernels:
         GROUP_SIZE: tl.constexpr,
         GROUPS: tl.constexpr,
         BLOCK: tl.constexpr,
+        EARLY: tl.constexpr,
     ):
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         row = tl.program_id(0).to(tl.int64)
         group = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[:, None]
         col = tl.arange(0, BLOCK)[None, :]

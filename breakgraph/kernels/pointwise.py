@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from breakgraph.kernels.direct_launch import DirectLaunch, specialized
-from breakgraph.kernels.launch import check_rows, import_triton
+from breakgraph.kernels.launch import check_rows, import_triton, launches_early
 
 BLOCK, WARPS = 2048, 8
 """Elements of a row that a program takes, and its warps: 16 bytes of each input a thread in
@@ -77,7 +77,8 @@ def silu_mul_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def _relu_squared_on_cuda(x: torch.Tensor) -> None:
     rows, size = x.shape
     if x.numel():
-        special = specialized((x.stride(0), size, BLOCK), WARPS)
+        early = launches_early(x.device)
+        special = specialized((x.stride(0), size, BLOCK, early), WARPS, early)
         _kernels().relu_squared((rows, -(-size // BLOCK), 1), (x,), (), special)
 
 
@@ -85,11 +86,12 @@ def _silu_mul_on_cuda(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     rows, size = gate.shape
     out = torch.empty((rows, size), dtype=gate.dtype, device=gate.device)
     if out.numel():
+        early = launches_early(gate.device)
         _kernels().silu_mul(
             (rows, -(-size // BLOCK), 1),
             (gate, up, out),
             (),
-            specialized((gate.stride(0), up.stride(0), size, BLOCK), WARPS),
+            specialized((gate.stride(0), up.stride(0), size, BLOCK, early), WARPS, early),
         )
     return out
 
@@ -113,8 +115,11 @@ def _kernels() -> _Kernels:
 
     @triton.jit
     def relu_squared(  # type: ignore[no-untyped-def]
-        x, X_ROW: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+        x, X_ROW: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
     ):
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         at = x + tl.program_id(0).to(tl.int64) * X_ROW + col
         value = tl.load(at, mask=col < SIZE, other=0.0).to(tl.float32)
@@ -130,7 +135,11 @@ def _kernels() -> _Kernels:
         UP_ROW: tl.constexpr,
         SIZE: tl.constexpr,
         BLOCK: tl.constexpr,
+        EARLY: tl.constexpr,
     ):
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         row = tl.program_id(0).to(tl.int64)
         col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         held = col < SIZE

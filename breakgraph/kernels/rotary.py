@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from breakgraph.kernels.direct_launch import DirectLaunch, specialized
-from breakgraph.kernels.launch import import_triton, power_of_two
+from breakgraph.kernels.launch import import_triton, launches_early, power_of_two
 
 BLOCK, WARPS = 1024, 4
 """Elements of whole heads that a program holds, at least one head; its warps. On an H200 in
@@ -183,6 +183,7 @@ def _on_cuda(
     blocks = -(-heads // block_h) + 2 * -(-kv_heads // block_h)
     if rows:
         weights = (q if q_weight is None else q_weight, k if k_weight is None else k_weight)
+        early = launches_early(q.device)
         _kernels().qk_norm_rope_store(
             (rows, blocks, 1),
             (q, k, v, *weights, cos_sin, out_cache_loc, q_out, k_out, k_cache, v_cache),
@@ -192,8 +193,10 @@ def _on_cuda(
                     *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
                     *(eps, offset, q_weight is not None, heads, kv_heads, head_dim, half, block_h),
                     *(power_of_two(size) for size in (half, head_dim - 2 * half, head_dim)),
+                    early,
                 ),
                 WARPS,
+                early,
             ),
         )
     return q_out, k_out
@@ -277,9 +280,12 @@ def _kernels() -> _Kernels:
         EPS: tl.constexpr, OFFSET: tl.constexpr, NORM: tl.constexpr,
         HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
         BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
-        BLOCK_D: tl.constexpr,
+        BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
     ):  # fmt: skip
         """One row's block of query, key or value heads; a block never mixes the three."""
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         Q_BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
         KV_BLOCKS: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
         row = tl.program_id(0).to(tl.int64)

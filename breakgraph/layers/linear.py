@@ -7,6 +7,8 @@ has a part of a weight. Which tensors, and which of their rows or columns, the l
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +18,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from breakgraph.distributed import Shard, current_group, vocabulary_shard
+from breakgraph.kernels.pointwise import relu_squared_, silu_mul
+from breakgraph.kernels.small_products import (
+    Activation,
+    add_small_product,
+    serves,
+    small_product,
+)
+from breakgraph.kernels.small_products_cuda import MAX_ROWS, ROW_CLASSES
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +55,45 @@ def weight_parameter(*shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """``y = x @ weight.T + bias`` with ``weight: [out_features, in_features]``, here whole."""
+    """``y = x @ weight.T + bias`` with ``weight: [out_features, in_features]``, here whole.
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
+    Attributes:
+        small_products: whether our own kernels multiply a few rows; see ``use_small_products``.
+    """
+
+    small_products = False
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        activation: Activation = "none",
+    ) -> None:
+        """``forward`` gives ``activation`` of ``y``, as ``small_product`` does."""
         super().__init__()
+        self.activation = activation
         self.weight = weight_parameter(out_features, in_features)
         self.bias = weight_parameter(out_features) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``[rows, in_features]`` to ``[rows, out_features]``."""
-        return F.linear(x, self.weight, self.bias)
+        if self.bias is None and self.multiplies_few(x):
+            return small_product(x, self.weight, self.activation)
+        product = F.linear(x, self.weight, self.bias)
+        if self.activation == "silu_mul":
+            return silu_mul(*product.chunk(2, dim=1))
+        return product if self.activation == "none" else relu_squared_(product)
+
+    def multiplies_few(self, x: torch.Tensor) -> bool:
+        """Whether the product with ``x: [rows, in_features]`` is our own kernels'."""
+        return self.small_products and len(x) <= MAX_ROWS
+
+    def warm_up(self, x: torch.Tensor) -> None:
+        """Run what ``small_products`` does with ``x``, so that no capture has to compile it."""
+        if self.bias is None:
+            small_product(x, self.weight, self.activation)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Add the output for ``x`` to ``residual`` in place, inside the matrix product.
@@ -67,17 +108,31 @@ class Linear(nn.Module):
         Returns:
             ``residual``. The sum is rounded once, from float32.
         """
-        residual.addmm_(x, self.weight.t())
+        self._multiply_into(residual, x, keep=True)
         if self.bias is not None:
             residual.add_(self.bias)
         return residual
+
+    def _multiply_into(self, residual: torch.Tensor, x: torch.Tensor, *, keep: bool) -> None:
+        """Add the product to ``residual``, or overwrite that."""
+        if self.multiplies_few(x):
+            add_small_product(residual, x, self.weight, keep=keep)
+        else:
+            residual.addmm_(x, self.weight.t(), beta=int(keep))
 
 
 class ColumnLinear(Linear):
     """A projection of which this rank computes the output features of ``outputs``."""
 
-    def __init__(self, in_features: int, outputs: Shard, *, bias: bool = False) -> None:
-        super().__init__(in_features, outputs.size, bias=bias)
+    def __init__(
+        self,
+        in_features: int,
+        outputs: Shard,
+        *,
+        bias: bool = False,
+        activation: Activation = "none",
+    ) -> None:
+        super().__init__(in_features, outputs.size, bias=bias, activation=activation)
         self._outputs = outputs
 
     def checkpoint_slot(self, name: str, tensor: torch.Tensor) -> CheckpointSlot:
@@ -111,10 +166,16 @@ class RowLinear(Linear):
         So there is no addition of its own, and residuals of different ranks cannot drift apart.
         """
         first = self._group.is_first
-        residual.addmm_(x, self.weight.t(), beta=int(first or not self._begins))
+        self._multiply_into(residual, x, keep=first or not self._begins)
         if self.bias is not None and first:
             residual.add_(self.bias)
         return self._group.all_reduce_(residual) if self._reduces else residual
+
+    def warm_up(self, x: torch.Tensor) -> None:
+        """Run ``add_to``'s product with ``x``, so that no capture has to compile it."""
+        self._multiply_into(x.new_zeros(len(x), len(self.weight)), x, keep=True)
+        if self._begins and not self._group.is_first:
+            self._multiply_into(x.new_zeros(len(x), len(self.weight)), x, keep=False)
 
     def checkpoint_slot(self, name: str, tensor: torch.Tensor) -> CheckpointSlot:
         """Where this rank's part of the parameter ``name`` comes from."""
@@ -151,11 +212,12 @@ class PackedLinear(Linear):
         parts: Mapping[str, int | Shard | tuple[Shard, ...]],
         *,
         bias: bool = False,
+        activation: Activation = "none",
         orders: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
         shards = {name: _shards(part) for name, part in parts.items()}
         sizes = [sum(shard.size for shard in part) for part in shards.values()]
-        super().__init__(in_features, sum(sizes), bias=bias)
+        super().__init__(in_features, sum(sizes), bias=bias, activation=activation)
         self._parts, self._sizes, self._orders = shards, sizes, dict(orders)
 
     def checkpoint_slots(self) -> dict[str, CheckpointSlot]:
@@ -166,6 +228,28 @@ class PackedLinear(Linear):
             for (part, shards), rows in zip(self._parts.items(), pieces, strict=True):
                 slots[f"{part}.{kind}"] = row_slot(rows, *shards, order=self._orders.get(part))
         return slots
+
+
+def use_small_products(model: nn.Module, wanted: bool = True) -> int:
+    """Let our own kernels multiply a few rows where they serve, or none; how many layers they do.
+
+    They are compiled here, for a capture cannot wait for that.
+    """
+    start, kinds, count = time.perf_counter(), {}, 0
+    for layer in model.modules():
+        if not isinstance(layer, Linear) or isinstance(layer, VocabularyLinear):
+            continue
+        layer.small_products = wanted and serves(layer.weight, layer.activation)
+        if layer.small_products:
+            kinds[type(layer), layer.activation, layer.weight.shape] = layer
+            count += 1
+    for layer in kinds.values():
+        for rows in ROW_CLASSES:
+            layer.warm_up(layer.weight.new_zeros(rows, layer.weight.shape[1]))
+    if count:
+        took = time.perf_counter() - start
+        logger.info("our own kernels for few rows serve %d layers, ready in %.1f s", count, took)
+    return count
 
 
 def row_slot(

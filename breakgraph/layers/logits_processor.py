@@ -72,23 +72,25 @@ class LogitsProcessor(nn.Module):
         last = hidden_states.index_select(0, last_rows)
         logprobs = None
         if logprob_targets is not None:
-            logprobs = self._target_logprobs(hidden_states, lm_head_weight, logprob_targets)
-        return LogitsOutput(self._logits(last, lm_head_weight), logprobs)
+            logprobs = self.target_logprobs(hidden_states, lm_head_weight, logprob_targets)
+        return LogitsOutput(self.logits(last, lm_head_weight), logprobs)
 
-    def _logits(
+    def logits(
         self, hidden_states: torch.Tensor, lm_head_weight: torch.Tensor | Head
     ) -> torch.Tensor:
+        """float32 ``[rows, vocab_size]`` of ``hidden_states: [rows, hidden_size]``."""
         if not isinstance(lm_head_weight, torch.Tensor):
             return lm_head_weight(hidden_states).float()
         logits = F.linear(hidden_states, lm_head_weight)
         return self._group.gather_columns(logits, self._vocab_size).float()
 
-    def _target_logprobs(
+    def target_logprobs(
         self,
         hidden_states: torch.Tensor,
         lm_head_weight: torch.Tensor | Head,
         targets: torch.Tensor,
     ) -> torch.Tensor:
+        """float32 ``[rows]``: the log-probability of each row's target, NaN where it is -1."""
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden_states.device)
         for rows, wanted, out in zip(
             hidden_states.split(self.chunk_rows),
@@ -96,7 +98,7 @@ class LogitsProcessor(nn.Module):
             logprobs.split(self.chunk_rows),
             strict=True,
         ):
-            logits = self._logits(rows, lm_head_weight)
+            logits = self.logits(rows, lm_head_weight)
             loss = F.cross_entropy(logits, wanted, ignore_index=-1, reduction="none")
             torch.neg(loss, out=out)
         return logprobs.masked_fill_(targets < 0, float("nan"))

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from breakgraph.distributed import equal_shard
-from breakgraph.kernels.pointwise import relu_squared_, silu_mul
 from breakgraph.layers.linear import ColumnLinear, PackedLinear, RowLinear
 
 
@@ -22,14 +21,13 @@ class GatedMLP(nn.Module):
         super().__init__()
         inner = equal_shard(intermediate_size, "the intermediate size")
         parts = {"gate_proj": inner, "up_proj": inner}
-        self.gate_up_proj = PackedLinear(hidden_size, parts, bias=bias)
+        self.gate_up_proj = PackedLinear(hidden_size, parts, bias=bias, activation="silu_mul")
         alone = {"begins": reduces, "reduces": reduces}
         self.down_proj = RowLinear(inner, hidden_size, bias=bias, **alone)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Add the block's output for ``x`` to ``residual`` in place; both ``[rows, hidden]``."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=1)
-        return self.down_proj.add_to(residual, silu_mul(gate, up))
+        return self.down_proj.add_to(residual, self.gate_up_proj(x))
 
 
 class PlainMLP(nn.Module):
@@ -43,10 +41,10 @@ class PlainMLP(nn.Module):
     ) -> None:
         super().__init__()
         inner = equal_shard(intermediate_size, "the intermediate size")
-        self.up_proj = ColumnLinear(hidden_size, inner, bias=bias)
+        self.up_proj = ColumnLinear(hidden_size, inner, bias=bias, activation="relu_squared")
         alone = {"begins": reduces, "reduces": reduces}
         self.down_proj = RowLinear(inner, hidden_size, bias=bias, **alone)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Add the block's output for ``x`` to ``residual`` in place; both ``[rows, hidden]``."""
-        return self.down_proj.add_to(residual, relu_squared_(self.up_proj(x)))
+        return self.down_proj.add_to(residual, self.up_proj(x))
