@@ -1,6 +1,7 @@
 """Sequence mixers: the layers that break a graph, and the backends that do their work."""
 
 from breakgraph.attention.base import AttentionBackend
+from breakgraph.attention.flashinfer import FlashInferBackend
 from breakgraph.attention.hybrid import HybridAttentionBackend
 from breakgraph.attention.latent_backends import (
     FlashLatentPrefillBackend,
@@ -26,6 +27,7 @@ __all__ = [
     "Attention",
     "AttentionBackend",
     "ExtendPlan",
+    "FlashInferBackend",
     "FlashLatentPrefillBackend",
     "HybridAttentionBackend",
     "LatentAttention",

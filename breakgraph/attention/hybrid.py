@@ -18,6 +18,12 @@ class HybridAttentionBackend(AttentionBackend):
     def __init__(self, full: AttentionBackend, linear: LinearAttentionBackend) -> None:
         self.full, self.linear = full, linear
         self.capturable = full.capturable
+        self.serves_prefixes = full.serves_prefixes
+        limits = (full.max_requests, linear.max_requests)
+        self.max_requests = min((limit for limit in limits if limit is not None), default=None)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.full.tensors(), *self.linear.tensors()]
 
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
         self.full.init_forward_metadata(batch)

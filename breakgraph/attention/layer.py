@@ -57,7 +57,8 @@ class Attention(nn.Module):
         """Attend over k and v, stored already, and the cached tokens before them.
 
         Returns:
-            ``[rows, num_heads, head_dim]``; padded rows are zero, or attend to slot 0.
+            ``[rows, num_heads, head_dim]``; padded rows are zero, or what a captured backend puts
+            there.
         """
         backend = get_forward_context().attn_backend
         if backend.capturable:
@@ -71,4 +72,6 @@ class Attention(nn.Module):
     @eager_on_graph()
     def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
         """The break: the live batch's attention, written into ``out``."""
-        get_forward_context().attn_backend.forward(self, q, k, v, out)
+        context = get_forward_context()
+        if context.batch.num_tokens:  # an idle rank has none, and no plan
+            context.attn_backend.forward(self, q, k, v, out)

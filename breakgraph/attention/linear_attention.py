@@ -71,11 +71,17 @@ class LinearAttentionBackend(ABC):
 
     Attributes:
         capturable: the plan lies at fixed addresses, so that the mixers may be captured.
+        max_requests: the most requests of a forward; None for any number.
         plan: of the forward at hand, as its layers see it.
     """
 
     capturable: bool
+    max_requests: int | None = None
     plan: ExtendPlan | StepPlan
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What segments may read of the plan."""
+        return []
 
     def init_forward_metadata(self, batch: ForwardBatch) -> None:  # noqa: B027
         """Plan ``batch`` from its host lengths, with no device-to-host sync."""
@@ -110,6 +116,7 @@ class LinearPrefillBackend(LinearAttentionBackend):
     """
 
     plan: ExtendPlan
+    max_requests: int
 
     def __init__(
         self,
@@ -127,7 +134,6 @@ class LinearPrefillBackend(LinearAttentionBackend):
         self._staging = HostStaging(_Layout(max_requests + 1, self._max_chunks).entries, device)
 
     def tensors(self) -> list[torch.Tensor]:
-        """What a capture may read."""
         return [self._staging.device_buffer]
 
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
@@ -138,8 +144,7 @@ class LinearPrefillBackend(LinearAttentionBackend):
         if self.capturable:
             if size > self.max_requests:
                 raise ValueError(
-                    f"{size} requests do not fit the {self.max_requests} request slots that "
-                    "--linear-attention-capture set aside"
+                    f"{size} requests do not fit the {self.max_requests} slots of the graphs"
                 )
             # One more request, which never has a token, for the chunks past the batch's.
             layout = _Layout(self.max_requests + 1, self._max_chunks)
@@ -265,7 +270,8 @@ class RadixLinearAttention(nn.Module, ABC):
     @eager_on_graph()
     def mix(self, *tensors: torch.Tensor) -> None:
         """The break: the live batch's sequences."""
-        self.run(_linear_backend().plan, *tensors)
+        if get_forward_context().batch.num_tokens:  # an idle rank has none, and no plan
+            self.run(_linear_backend().plan, *tensors)
 
     def run(self, plan: ExtendPlan | StepPlan, *tensors: torch.Tensor) -> None:
         """Do what ``plan`` says with what ``lay_out`` gave."""

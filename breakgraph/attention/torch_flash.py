@@ -2,6 +2,9 @@
 
 ``varlen_attn`` costs 53 µs of host time a call on an H200, ``aten._flash_attention_forward``
 with its output copied 12: the break calls the latter.
+
+A ``static`` backend is part of a segment: lengths are read from the device, and launches are made
+for the longest sequence that the rows could hold.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import torch
 
 from breakgraph.attention.base import AttentionBackend
 from breakgraph.attention.layer import Attention
-from breakgraph.forward import ForwardBatch, HostStaging
+from breakgraph.attention.packed_lengths import PackedLengths
+from breakgraph.forward import ForwardBatch, HostStaging, LayerInputs
+from breakgraph.kernels.packed_attention import packed_flash_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +32,42 @@ class _Plan:
 
 
 class TorchFlashBackend(AttentionBackend):
-    """Variable-length attention; a cached prefix is gathered from the KV pool."""
+    """Variable-length attention; a cached prefix is gathered from the KV pool.
+
+    Args:
+        device: a GPU, or a CPU for tests of the static plan.
+        max_requests: the most requests of a forward.
+        max_context_tokens: of a forward with its prefixes, what to make room for at first.
+        static: keep the plan at fixed addresses, so that graphs can hold the launches. It then
+            serves no cached prefix.
+    """
 
     windows = True
 
-    def __init__(self, *, device: torch.device, max_requests: int, max_context_tokens: int) -> None:
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        max_requests: int,
+        max_context_tokens: int,
+        static: bool = False,
+    ) -> None:
+        self.capturable, self.serves_prefixes = static, not static
+        self._lengths: PackedLengths | None = None
+        if static:
+            self.max_requests, self._lengths = max_requests, PackedLengths(max_requests, device)
+            return
         self._staging = HostStaging(max_requests + 1 + max_context_tokens, device)
         self._flash = torch.ops.aten._flash_attention_forward.default
         self._plan: _Plan | None = None
 
+    def tensors(self) -> list[torch.Tensor]:
+        return [] if self._lengths is None else [self._lengths.cu_seqlens]
+
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
+        if self._lengths is not None:
+            self._lengths.send(batch)
+            return
         size = batch.batch_size
         key_lens = batch.extend_lens + batch.prefix_lens
         num_keys = int(key_lens.sum()) if batch.has_prefix else 0
@@ -62,6 +93,13 @@ class TorchFlashBackend(AttentionBackend):
             key_slots=device[size + 1 :] if num_keys else None,
         )
 
+    def begin_layers(self, inputs: LayerInputs) -> None:
+        if self._lengths is not None:
+            end = self._lengths.cu_seqlens[-1:]
+            rows = torch.arange(len(inputs.positions), dtype=end.dtype, device=end.device)
+            self._is_token = (rows < end).view(-1, 1, 1)
+            self._zero = inputs.hidden_states.new_zeros(())
+
     def forward(
         self,
         layer: Attention,
@@ -70,6 +108,11 @@ class TorchFlashBackend(AttentionBackend):
         v: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
+        if self._lengths is not None:
+            reach = (layer.scale, layer.left, layer.right)
+            cu_seqlens = self._lengths.cu_seqlens
+            packed_flash_attention(q, k, v, cu_seqlens, self._is_token, self._zero, *reach, out)
+            return
         plan = self._plan
         if plan is None:
             raise RuntimeError("attention was called before init_forward_metadata planned a batch")

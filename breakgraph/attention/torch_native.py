@@ -1,4 +1,4 @@
-"""Attention by ``scaled_dot_product_attention``, one request at a time: any device, any dtype."""
+"""Attention by ``scaled_dot_product_attention``: any device, any dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 from breakgraph.attention.base import AttentionBackend
 from breakgraph.attention.layer import Attention
+from breakgraph.attention.packed_lengths import PackedLengths
 from breakgraph.forward import ForwardBatch
+from breakgraph.kernels.packed_attention import packed_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +23,32 @@ class _Request:
 
 
 class TorchNativeBackend(AttentionBackend):
-    """The reference backend, and the one for CPU."""
+    """The reference backend, and the one for CPU.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: of the model.
+        max_requests: the most requests of a ``static`` forward.
+        static: keep the plan at fixed addresses, so that graphs can hold it. It then serves no
+            cached prefix, and all requests in one masked product.
+    """
+
+    def __init__(
+        self, device: torch.device, *, max_requests: int = 1, static: bool = False
+    ) -> None:
+        self.capturable, self.serves_prefixes = static, not static
+        self._lengths: PackedLengths | None = None
+        if static:
+            self.max_requests, self._lengths = max_requests, PackedLengths(max_requests, device)
         self._device = device
         self._requests: list[_Request] = []
 
+    def tensors(self) -> list[torch.Tensor]:
+        return [] if self._lengths is None else [self._lengths.cu_seqlens]
+
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
+        if self._lengths is not None:
+            self._lengths.send(batch)
+            return
         self._requests = []
         start = slot = 0
         for new, prefix in zip(batch.extend_lens.tolist(), batch.prefix_lens.tolist(), strict=True):
@@ -48,6 +69,10 @@ class TorchNativeBackend(AttentionBackend):
         v: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
+        if self._lengths is not None:
+            reach = (layer.scale, layer.left, layer.right)
+            packed_attention(q, k, v, self._lengths.cu_seqlens, *reach, out)
+            return
         for request in self._requests:
             rows = slice(request.start, request.end)
             keys, values = k[rows], v[rows]
