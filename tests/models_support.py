@@ -148,8 +148,7 @@ def run_prompts(
 
 def poison(runner: ModelRunner) -> None:
     """Fill the graphs' pool with NaN: what a replay reads, it must have written."""
-    graphs = runner.graph_runner or runner.decode_graph_runner
-    assert graphs is not None
+    graphs = runner.graph_runners[0]
     if runner.device.type == "cpu":
         graphs.pool.poison()
         return

@@ -16,7 +16,7 @@ from breakgraph.runner.buckets import (
     decide,
     derive_buckets,
 )
-from breakgraph.runner.costs import PrefillCosts, anchors
+from breakgraph.runner.costs import ForwardTimes, Line, PrefillCosts, anchors
 
 ladders = st.lists(st.integers(1, 9000), min_size=1).map(lambda b: tuple(sorted(set(b))))
 
@@ -143,6 +143,9 @@ def test_reasons_are_stable_metric_labels() -> None:
         "no_request_rows",
         "bucket_out_of_service",
         "model_not_capturable",
+        "more_requests_than_graph_slots",
+        "cached_prefix_in_full_graph",
+        "bucket_over_memory_budget",
     ]
 
 
@@ -156,7 +159,8 @@ def test_costs_are_measured_at_both_ends_and_once_an_octave() -> None:
 def test_a_replay_is_chosen_where_its_cost_is_below_the_eager_one(tokens: int) -> None:
     """Launch-bound below 1000 tokens, then 1 ms a 100 tokens; a replay saves half a millisecond."""
     sizes = (16, 1000, 8192)
-    costs = PrefillCosts(sizes, (10.5, 10.5, 82.42), (0.66, 10, 81.92))
+    eager, replay = (Line(sizes, ms) for ms in ((10.5, 10.5, 82.42), (0.66, 10, 81.92)))
+    costs = PrefillCosts(ForwardTimes(eager), ForwardTimes(replay))
     buckets = derive_buckets(8192)
     bucket = bucket_for(buckets, tokens)
     chosen = decide(tokens, buckets, 2.0, costs)

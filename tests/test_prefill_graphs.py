@@ -17,7 +17,7 @@ from models_support import VOCAB, make_reference, poison, save_checkpoint
 from breakgraph.forward import ForwardBatch, LayerInputs, get_forward_context
 from breakgraph.graph import ForeignReadError, RefusedOpError
 from breakgraph.runner import DispatchReason, GraphCaptureError, ModelRunner
-from breakgraph.runner.costs import PrefillCosts
+from breakgraph.runner.costs import ForwardTimes, Line, PrefillCosts
 from breakgraph.server_args import ServerArgs
 
 BUCKETS = (16, 32, 64, 128)
@@ -211,9 +211,10 @@ def test_a_batch_that_was_measured_faster_eagerly_runs_so(checkpoint: Path) -> N
     runner = make_runner(checkpoint, "cpu", prefill_dispatch="measured")
     graphs = runner.graph_runner
     assert graphs is not None and graphs.costs is not None
-    assert graphs.costs.tokens == BUCKETS
-    assert min(*graphs.costs.eager_ms, *graphs.costs.replay_ms) > 0
-    graphs.costs = PrefillCosts(BUCKETS, (9, 9, 9, 18), (1, 2, 9, 17))
+    for times in (graphs.costs.eager.one, graphs.costs.replay.one):
+        assert times.rows == BUCKETS and min(times.ms) > 0
+    eager, replay = (Line(BUCKETS, ms) for ms in ((9, 9, 9, 18), (1, 2, 9, 17)))
+    graphs.costs = PrefillCosts(ForwardTimes(eager), ForwardTimes(replay))
     for tokens, reason in {
         17: DispatchReason.REPLAYED,
         50: DispatchReason.EAGER_FASTER,

@@ -1,9 +1,9 @@
 """The bucket ladders, of tokens and of requests, and which bucket serves a batch.
 
-A decision depends on its arguments alone: the batch's token count, the ladder, the padding limit
-and the costs measured at start-up, facts which every rank holds alike. So ranks that decide apart
-decide the same, and no decision is hidden: each carries its reason and can say which flag would
-change it.
+A decision depends on its arguments alone: the batch's counts of tokens and requests, the ladder,
+the padding limit and the costs measured at start-up, facts which every rank holds alike. So ranks
+that decide apart decide the same, and no decision is hidden: each carries its reason and can say
+which flag would change it.
 """
 
 from __future__ import annotations
@@ -116,6 +116,9 @@ class DispatchReason(str, Enum):
     NO_ROWS = "no_request_rows"
     OUT_OF_SERVICE = "bucket_out_of_service"
     NOT_CAPTURABLE = "model_not_capturable"
+    TOO_MANY_FOR_SLOTS = "more_requests_than_graph_slots"
+    PREFIX = "cached_prefix_in_full_graph"
+    OVER_BUDGET = "bucket_over_memory_budget"
 
     def __str__(self) -> str:
         return self.value
@@ -129,9 +132,14 @@ class Dispatch:
     reason: DispatchReason
     num_tokens: int
     refused: int | None = None
-    """The bucket that came nearest, where its size is the reason it was not used."""
+    """The bucket that came nearest, where its size is the reason it was not used; or the request
+    slots that are too few."""
     mode: ForwardMode = ForwardMode.PREFILL
     """A decode's tokens are its requests."""
+    kind: str = "breakable"
+    """Of a prefill: which graphs replay it, or are the last that could have."""
+    passed_over: tuple[Dispatch, ...] = ()
+    """What graphs without a break, or with fewer, said to it."""
 
     @property
     def padding(self) -> float | None:
@@ -144,12 +152,23 @@ class Dispatch:
         one = self.num_tokens == 1
         what = f"{self.num_tokens} {'decoding request' if decode else 'token'}{'' if one else 's'}"
         if self.bucket is not None:
-            return (
+            graphs = "" if decode else f" of the {self.kind} graphs"
+            said = (
                 f"{what} replay{'s' if one else ''} in bucket {self.bucket} "
-                f"({self.bucket - self.num_tokens} rows of padding)"
+                f"({self.bucket - self.num_tokens} rows of padding){graphs}"
             )
+            return "; ".join([said, *(f"not {one.kind}: {one.why()}" for one in self.passed_over)])
+        return f"{what} run{'s' if one else ''} eagerly: {self.why()}"
+
+    def why(self) -> str:
+        """Why no graph of its kind replays the batch, and the flag that would change that."""
+        decode = self.mode is ForwardMode.DECODE
+        if self.bucket is not None:
+            return f"bucket {self.bucket} was measured to be slower"
         flag = "--cuda-graph-backend-decode" if decode else "--enable-breakable-cuda-graph"
-        why = {
+        captured = self.kind == "captured"
+        slots_flag = "--linear-attention-capture" if captured else "--prefill-graph-requests"
+        reasons = {
             DispatchReason.DISABLED: f"graphs are off: pass {flag}{' full' * decode}",
             DispatchReason.EAGER_ASKED: "the caller asked for it",
             DispatchReason.NO_LAYER_STACK: "the model offers no get_layer_stack(), which "
@@ -168,10 +187,17 @@ class Dispatch:
             DispatchReason.EAGER_FASTER: f"padding them to bucket {self.refused} was measured to "
             f"cost more than a replay saves: add a nearer bucket with {_FLAG}, or replay anyway "
             "with --prefill-dispatch always",
+            DispatchReason.TOO_MANY_FOR_SLOTS: f"its graphs have {self.refused} request slots, and "
+            f"the batch is of more requests: raise {slots_flag}",
+            DispatchReason.PREFIX: "some are behind a cached prefix, which the full graphs of this "
+            "attention backend cannot find: --cuda-graph-backend-prefill auto replays them in "
+            "breakable graphs",
+            DispatchReason.OVER_BUDGET: "the graph that would serve them was dropped to keep the "
+            "memory budget: raise --cuda-graph-memory-budget",
             DispatchReason.PADDING: f"bucket {self.refused} would pad them beyond the limit: raise "
             f"--max-prefill-padding, or add a nearer bucket with {_FLAG}",
-        }.get(self.reason, self.reason.value)
-        return f"{what} run{'s' if one else ''} eagerly: {why}"
+        }
+        return reasons.get(self.reason, self.reason.value)
 
 
 def decide(
@@ -179,8 +205,11 @@ def decide(
     buckets: Sequence[int],
     max_padding: float,
     costs: PrefillCosts | None = None,
+    requests: int = 1,
+    *,
+    kind: str = "breakable",
 ) -> Dispatch:
-    """Pick the bucket for a batch, or the reason for none.
+    """Pick the bucket for a batch of ``requests``, or the reason for none.
 
     `buckets` ascend; none at all means that graphs are off. `max_padding` bounds
     `bucket / num_tokens`, where fewer than 16 tokens count as 16. `costs` refuses a bucket
@@ -188,18 +217,22 @@ def decide(
     """
     if num_tokens < 1:
         raise ValueError(f"a prefill batch of {num_tokens} tokens has nothing to run")
+
+    def refuse(reason: DispatchReason, bucket: int) -> Dispatch:
+        return Dispatch(None, reason, num_tokens, refused=bucket, kind=kind)
+
     if not buckets:
-        return Dispatch(None, DispatchReason.DISABLED, num_tokens)
+        return Dispatch(None, DispatchReason.DISABLED, num_tokens, kind=kind)
     bucket = bucket_for(buckets, num_tokens)
     if bucket is None:
-        return Dispatch(None, DispatchReason.TOO_MANY_TOKENS, num_tokens, refused=buckets[-1])
+        return refuse(DispatchReason.TOO_MANY_TOKENS, buckets[-1])
     # Up to 16 tokens the launches are the cost, not the rows: on an H200 16 rows of Qwen3-0.6B
     # take 6.9 ms eagerly and 2.6 ms replayed, so a short tail is never too padded for bucket 16.
     if bucket > max_padding * max(num_tokens, BUCKET_FLOOR):
-        return Dispatch(None, DispatchReason.PADDING, num_tokens, refused=bucket)
-    if costs is not None and not costs.replay_pays(num_tokens, bucket):
-        return Dispatch(None, DispatchReason.EAGER_FASTER, num_tokens, refused=bucket)
-    return Dispatch(bucket, DispatchReason.REPLAYED, num_tokens)
+        return refuse(DispatchReason.PADDING, bucket)
+    if costs is not None and not costs.replay_pays(num_tokens, bucket, requests):
+        return refuse(DispatchReason.EAGER_FASTER, bucket)
+    return Dispatch(bucket, DispatchReason.REPLAYED, num_tokens, kind=kind)
 
 
 def decide_decode(num_requests: int, buckets: Sequence[int], *, has_rows: bool) -> Dispatch:

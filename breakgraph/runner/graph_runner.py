@@ -33,6 +33,7 @@ from breakgraph.graph import (
     TapePool,
     eager_on_graph,
 )
+from breakgraph.graph.cuda import pool_segments
 from breakgraph.runner.buckets import Dispatch
 from breakgraph.runner.input_buffers import FilledBatch, PrefillInputBuffers
 
@@ -62,7 +63,13 @@ class GraphRunner(ABC):
         pool: graph memory, shared by runners that are given the same.
         breaks: whether what is marked ``eager_on_graph`` breaks the graphs.
         debug: make the whole stack one break of the graph, so that its Python runs every time.
+        output: ``[at least the largest bucket, hidden_size]`` for results, shared by runners that
+            take turns; None makes one.
         group: the ranks that run the same forwards, each a part of the stack.
+
+    Attributes:
+        memory_bytes: what the graphs take, with what the pool has grown by for them.
+        own_bytes: of each bucket, what its graph takes outside of the pool.
     """
 
     phase: ClassVar[str]
@@ -85,6 +92,7 @@ class GraphRunner(ABC):
         pool: Any,
         breaks: bool = True,
         debug: bool = False,
+        output: torch.Tensor | None = None,
         group: TensorParallelGroup = SINGLE,
     ) -> None:
         self.buffers, self.attn_backend, self.buckets = buffers, attn_backend, tuple(buckets)
@@ -93,12 +101,15 @@ class GraphRunner(ABC):
         self.group = group
         self._stack, self._device = stack, device
         self._context_length, self._breaks = context_length, breaks or debug
-        self._output = torch.zeros(self.buckets[-1], hidden_size, dtype=dtype, device=device)
+        if output is None:
+            output = torch.zeros(self.buckets[-1], hidden_size, dtype=dtype, device=device)
+        self._output = output
         self._audit = CaptureAudit([*static_tensors, *buffers.tensors(), self._output])
         self._outputs: dict[int, Any] = {}
         self.graphs: dict[int, BreakableCUDAGraph] = {}
         self.capture_seconds = 0.0
         self.memory_bytes = 0
+        self.own_bytes: dict[int, int] = {}
 
     @abstractmethod
     def can_run(self, batch: ForwardBatch) -> Dispatch:
@@ -111,7 +122,8 @@ class GraphRunner(ABC):
     def replay_prepare(self, batch: ForwardBatch, bucket: int) -> FilledBatch:
         """Bring the live batch to where the graph of ``bucket`` reads, and plan its attention."""
         filled = self.buffers.fill(batch, bucket)
-        self.attn_backend.init_forward_metadata(batch)
+        if batch.num_tokens:
+            self.attn_backend.init_forward_metadata(batch)
         return filled
 
     def replay(self, batch: ForwardBatch, bucket: int) -> torch.Tensor:
@@ -137,6 +149,7 @@ class GraphRunner(ABC):
             )
         self._warm_up()
         gc.collect()
+        last = self._taken_bytes() - self.pool_bytes()
         description = f"capturing {self.phase} graphs"
         silent = not self.group.is_first
         ladder = tqdm(self.buckets[::-1], desc=description, unit="bucket", disable=silent)
@@ -144,6 +157,8 @@ class GraphRunner(ABC):
             for bucket in progress:
                 progress.set_postfix_str(f"{bucket} {self.unit}s, {self._memory_text()}")
                 self.graphs[bucket] = self._capture_bucket(bucket)
+                own, last = last, self._taken_bytes() - self.pool_bytes()
+                self.own_bytes[bucket] = max(0, last - own)
         self.capture_seconds = time.perf_counter() - start
         self.memory_bytes = self._taken_bytes() - taken
         largest = self.graphs[self.buckets[-1]]
@@ -162,7 +177,9 @@ class GraphRunner(ABC):
         )
 
     def drop(self) -> None:
-        """Let go of what was captured."""
+        """Let go of what was captured, at once: a communicator waits for graphs that use it."""
+        for graph in self.graphs.values():
+            graph.reset()
         self.graphs.clear()
         self._outputs.clear()
 
@@ -171,6 +188,12 @@ class GraphRunner(ABC):
         filled = self.replay_prepare(batch, batch.num_tokens)
         with forward_context(batch, self.attn_backend):
             self._run(filled.inputs)
+
+    def pool_bytes(self) -> int:
+        """Of the memory that the graphs, and those of other runners, share."""
+        if self._device.type == "cpu":
+            return int(self.pool.num_bytes)
+        return sum(segment["total_size"] for segment in pool_segments(self.pool))
 
     def _run(self, inputs: LayerInputs) -> Any:
         self.attn_backend.begin_layers(inputs)
@@ -208,7 +231,7 @@ class GraphRunner(ABC):
                         "tensor, are what can be captured"
                     )
         except Exception as error:
-            self.graphs.clear()
+            self.drop()
             help_ = f"run {self.off_flag} until the cause is mended"
             if isinstance(error, torch.OutOfMemoryError):
                 help_ = f"lower --mem-fraction-static, or {self.memory_flags}"

@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +24,14 @@ from breakgraph.attention import (
     PagedDecodeBackend,
     SlotMirror,
 )
+from breakgraph.distributed import SINGLE
 from breakgraph.distributed.lockstep import Leader
 from breakgraph.distributed.ranks import Ranks
 from breakgraph.forward import ForwardBatch, ForwardMode, forward_context
-from breakgraph.graph import BreakableCUDAGraph
 from breakgraph.kernels.decode_attention import require_decode_kernel
 from breakgraph.layers import ClassificationHead, LogitsProcessor, Pooler
-from breakgraph.memory import RequestTable, SlotAllocator
+from breakgraph.layers.linear import use_small_products
+from breakgraph.memory import RankMemory, RequestTable, SlotAllocator
 from breakgraph.models import CausalLM, PrefillModel, SequenceClassifier, load_model
 from breakgraph.models.sentence_transformers import find_recipe
 from breakgraph.models.transformers_impl import TransformersClassifier, TransformersModel
@@ -37,47 +40,28 @@ from breakgraph.runner.backends import (
     linear_backend,
     paged_decode_backend,
     prefill_backend,
+    static_prefill_backend,
 )
-from breakgraph.runner.breakable_cuda_graph_runner import BreakableCudaGraphRunner
+from breakgraph.runner.breakable_cuda_graph_runner import (
+    BreakableCudaGraphRunner,
+    CapturedMixersRunner,
+)
 from breakgraph.runner.buckets import Dispatch, DispatchReason
-from breakgraph.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+from breakgraph.runner.data_parallel import RankedForward, check_model
+from breakgraph.runner.forward_result import ForwardResult, StackResult
+from breakgraph.runner.full_cuda_graph_runner import FullCudaGraphRunner
 from breakgraph.runner.graph_maker import GraphMaker
 from breakgraph.runner.graph_runner import GraphRunner
-from breakgraph.runner.input_buffers import (
-    DecodeInputBuffers,
-    FilledBatch,
-    PrefillInputBuffers,
-)
+from breakgraph.runner.input_buffers import DecodeInputBuffers, FilledBatch, PrefillInputBuffers
 from breakgraph.runner.layer_stack import resolve_layer_stack
 from breakgraph.runner.pools import make_kv_pool, make_mamba_pool
-from breakgraph.runner.verification import BOUNDS, PrefillVerifier, Verification
+from breakgraph.runner.prefill_graph_runner import PrefillGraphRunner
+from breakgraph.runner.verification import BOUNDS, PrefillVerifier
 
 if TYPE_CHECKING:
     from breakgraph.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardResult:
-    """What a forward gives, on the device.
-
-    Attributes:
-        dispatch: bucket or None, and the reason.
-        next_token_logits: float32 ``[batch_size, vocab_size]``, of generation models.
-        input_token_logprobs: float32 ``[num_tokens]``, where the batch has targets.
-        pooled: float32 ``[batch_size, hidden_size]`` or ``[batch_size, num_labels]``.
-        graph: what was replayed; None of an eager forward.
-        verification: the eager check that is due of a replayed prefill; call it before anything
-            else runs, and after the reply is out.
-    """
-
-    dispatch: Dispatch
-    next_token_logits: torch.Tensor | None = None
-    input_token_logprobs: torch.Tensor | None = None
-    pooled: torch.Tensor | None = None
-    graph: BreakableCUDAGraph | None = None
-    verification: Verification | None = None
 
 
 class ModelRunner:
@@ -122,7 +106,12 @@ class ModelRunner:
                 f"{self.model.architecture} runs as a class of transformers, which cannot be "
                 "divided among ranks; leave out --tp-size"
             )
+        if group.data_parallel:
+            check_model(self.model)
+        use_small_products(self.model, args.small_matrix_products == "auto")
         self.load_seconds = time.perf_counter() - start
+        if args.enable_torch_compile:
+            self._compile()
         self.dtype = next(self.model.parameters()).dtype
         self.vocab_size = self.model.vocab_size
         self.context_length = self.model.context_length
@@ -131,6 +120,9 @@ class ModelRunner:
         self.kv_pool = make_kv_pool(*place, self.context_length, group)
         self.slots = SlotAllocator(self.kv_pool.num_tokens, args.page_size)
         self.requests = RequestTable(args.max_running_requests, self.context_length, self.slots)
+        own = RankMemory(self.requests, self.mamba_pool)
+        others = group.size - 1 if group.data_parallel and group.is_first else 0
+        self.rank_memory = [own, *(own.like() for _ in range(others))]
         self.chunk_size = min(
             args.chunked_prefill_size or 1,
             self.kv_pool.num_tokens,
@@ -151,28 +143,49 @@ class ModelRunner:
         self._decode_buffers = DecodeInputBuffers(max_tokens=args.max_running_requests, **shape)
         self._stack, self._no_stack = resolve_layer_stack(self.model)
         self._eager = self.model if self._stack is None else self._stack
-        self._logits = LogitsProcessor(group=group, vocab_size=self.vocab_size)
+        vocabulary_ranks = SINGLE if group.data_parallel else group
+        self.logits = LogitsProcessor(group=vocabulary_ranks, vocab_size=self.vocab_size)
         self._head = ClassificationHead()
-        self._pooler = self._make_pooler()
+        self.pooler = self._make_pooler()
         self.dispatch_counts: Counter[DispatchReason] = Counter()
         self.bucket_hits: Counter[int] = Counter()
         self.decode_dispatch_counts: Counter[DispatchReason] = Counter()
         self.decode_bucket_hits: Counter[int] = Counter()
         group.barrier()  # a rank still loading would be waited for inside of collectives
         graphs = self._make_graph_maker()
-        self.graph_runner = graphs.prefill(self.attn_backend, self._buffers)
+        self.graph_runner = self._make_graph_runner(graphs)
         self.linear_graph_runner = self._make_linear_graph_runner(graphs)
+        self.full_graph_runner = self._make_full_graph_runner(graphs)
+        self._tune(graphs)
         self.decode_graph_runner = graphs.decode(
             self.paged_decode, self.decode_backend, self._decode_buffers
         )
         self._not_captured = graphs.not_captured
         self.verifier = self._make_verifier()
         self._leader = Leader(self.ranks, self) if group.size > 1 and group.is_first else None
+        self.ranked = RankedForward(self) if group.data_parallel else None
+
+    def _compile(self) -> None:
+        if isinstance(self.model, TransformersModel):
+            from breakgraph.models.transformers_impl.compiling import compile_token_wise
+
+            compile_token_wise(self.model)
+        else:
+            logger.warning(
+                "--enable-torch-compile does nothing: %s has kernels of its own",
+                self.model.architecture,
+            )
 
     def stop_ranks(self) -> None:
         """Let the other ranks end, if there are any; no forward can run after."""
         if self._leader is not None:
+            self.drop_graphs()
             self._leader.stop()
+
+    def drop_graphs(self) -> None:
+        """Let go of all graphs; no forward can run after."""
+        for graphs in self.graph_runners:
+            graphs.drop()
 
     def _make_pooler(self) -> Pooler:
         asked = self.args.pooling
@@ -214,7 +227,13 @@ class ModelRunner:
             group=self.group,
         )
 
-    def _make_linear_graph_runner(self, graphs: GraphMaker) -> BreakableCudaGraphRunner | None:
+    def _make_graph_runner(self, graphs: GraphMaker) -> BreakableCudaGraphRunner | None:
+        if self.args.cuda_graph_backend_prefill not in ("breakable", "auto"):
+            return None
+        eager = self.attn_backend
+        return graphs.prefill(BreakableCudaGraphRunner, eager, self._buffers, eager_backend=eager)
+
+    def _make_linear_graph_runner(self, graphs: GraphMaker) -> CapturedMixersRunner | None:
         """Graphs that hold the recurrent mixers too, for a few requests at a time."""
         requests, pool = self.args.linear_attention_capture, self.mamba_pool
         if not requests or self.graph_runner is None:
@@ -225,14 +244,51 @@ class ModelRunner:
         linear = linear_backend(
             self.model, pool, self.device, requests, self.chunk_size, static=True
         )
-        backend = HybridAttentionBackend(self.attn_backend.full, linear)
         return graphs.prefill(
-            backend, self._buffers, linear.tensors(), max_tokens=requests * self.context_length
+            CapturedMixersRunner,
+            HybridAttentionBackend(self.attn_backend.full, linear),
+            self._buffers,
+            eager_backend=self.attn_backend,
         )
+
+    def _make_full_graph_runner(self, graphs: GraphMaker) -> FullCudaGraphRunner | None:
+        """Graphs that hold attention too, for a few requests at a time."""
+        mode = self.args.cuda_graph_backend_prefill
+        if mode not in ("full", "auto") or self._stack is None:
+            return None
+        backend = static_prefill_backend(
+            *(self.model, self.args, self.dtype, self.device, self.chunk_size, self.mamba_pool)
+        )
+        if backend is None:
+            missing = f"the attention of {self.model.architecture} has no plan that graphs can hold"
+            if mode == "full":
+                raise ValueError(
+                    f"--cuda-graph-backend-prefill full: {missing}; use breakable, or auto"
+                )
+            logger.info("no full prefill graphs: %s", missing)
+            return None
+        return graphs.prefill(
+            FullCudaGraphRunner,
+            backend,
+            self._buffers,
+            eager_backend=self.attn_backend,
+            optional=mode == "auto",
+        )
+
+    def _tune(self, graphs: GraphMaker) -> None:
+        """Measure the prefill graphs; those of which none is left are gone."""
+        graphs.tune(
+            self.prefill_graph_runners,
+            {"attention": type(self.attn_backend).__name__, "context": self.context_length},
+        )
+        for name in ("graph_runner", "linear_graph_runner", "full_graph_runner"):
+            runner = getattr(self, name)
+            if runner is not None and not runner.buckets:
+                setattr(self, name, None)
 
     def _make_verifier(self) -> PrefillVerifier | None:
         rate = self.args.verify_prefill_graph
-        if not rate or self.graph_runner is None or self._stack is None:
+        if not rate or not self.prefill_graph_runners or self._stack is None:
             return None
         return PrefillVerifier(
             rate,
@@ -245,31 +301,54 @@ class ModelRunner:
         )
 
     @property
-    def graph_runners(self) -> list[GraphRunner]:
-        """All that captured graphs."""
-        known = (self.graph_runner, self.linear_graph_runner, self.decode_graph_runner)
+    def prefill_graph_runners(self) -> list[PrefillGraphRunner]:
+        """Those of prefill, the ones with the fewest breaks first."""
+        known = (self.full_graph_runner, self.linear_graph_runner, self.graph_runner)
         return [runner for runner in known if runner is not None]
 
-    def dispatch(self, batch: ForwardBatch) -> Dispatch:
+    @property
+    def graph_runners(self) -> list[GraphRunner]:
+        """All that captured graphs."""
+        decode = [] if self.decode_graph_runner is None else [self.decode_graph_runner]
+        return [*self.prefill_graph_runners, *decode]
+
+    def dispatch(self, batch: ForwardBatch, *, allow_graph: bool = True) -> Dispatch:
         """How ``batch`` would run."""
-        runner = self._runner_of(batch)
-        if runner is not None:
-            return runner.can_run(batch)
+        if not allow_graph:
+            reason = DispatchReason.EAGER_ASKED
+            return Dispatch(None, reason, batch.num_tokens, mode=batch.mode)
+        if batch.mode is ForwardMode.DECODE and self.decode_graph_runner is not None:
+            return self.decode_graph_runner.can_run(batch)
+        if batch.mode is ForwardMode.PREFILL and self.prefill_graph_runners:
+            return self._cheapest(batch)
         enabled = self.args.cuda_graph_backend_prefill != "disabled"
         if batch.mode is ForwardMode.DECODE:
             enabled = self.args.cuda_graph_backend_decode != "disabled" and self._stack is None
         reason = DispatchReason.NO_LAYER_STACK if enabled else DispatchReason.DISABLED
-        if batch.mode in self._not_captured:
-            reason = DispatchReason.NOT_CAPTURABLE
+        reason = self._not_captured.get(batch.mode, reason)
         return Dispatch(None, reason, batch.num_tokens, mode=batch.mode)
 
-    def _runner_of(
-        self, batch: ForwardBatch
-    ) -> BreakableCudaGraphRunner | DecodeCudaGraphRunner | None:
-        if batch.mode is ForwardMode.DECODE:
+    def _cheapest(self, batch: ForwardBatch) -> Dispatch:
+        """Of the prefill graphs that can serve ``batch``, those that were measured to be fastest,
+        or where that is not known those with the fewest breaks."""
+        runners = self.prefill_graph_runners
+        found = [runner.can_run(batch) for runner in runners]
+        times = {
+            index: runner.expected_ms(dispatch, batch)
+            for index, (runner, dispatch) in enumerate(zip(runners, found, strict=True))
+            if dispatch.bucket is not None
+        }
+        chosen = min(times, key=times.__getitem__) if times else len(found) - 1
+        if not chosen:
+            return found[0]
+        return replace(found[chosen], passed_over=tuple(found[:chosen]))
+
+    def _runner_of(self, dispatch: Dispatch) -> GraphRunner | None:
+        """Who replays what ``dispatch`` decides for, or would if it did."""
+        if dispatch.mode is ForwardMode.DECODE:
             return self.decode_graph_runner
-        few = batch.batch_size <= self.args.linear_attention_capture
-        return self.linear_graph_runner or self.graph_runner if few else self.graph_runner
+        runners = self.prefill_graph_runners
+        return next((runner for runner in runners if runner.kind == dispatch.kind), None)
 
     @torch.no_grad()
     def forward(self, batch: ForwardBatch, *, allow_graph: bool = True) -> ForwardResult:
@@ -284,24 +363,36 @@ class ModelRunner:
                 context; on a GPU either would end the process.
             RankFailedError: another rank is gone, or this one failed in what all do together.
         """
-        self._check(batch)
-        if allow_graph:
-            dispatch = self.dispatch(batch)
-        else:
-            reason = DispatchReason.EAGER_ASKED
-            dispatch = Dispatch(None, reason, batch.num_tokens, mode=batch.mode)
+        if self.ranked is not None:
+            return self.ranked.run([batch], allow_graph=allow_graph)[0]
+        self.check(batch)
+        dispatch = self.dispatch(batch, allow_graph=allow_graph)
         if self._leader is None:
             return self._run(batch, dispatch)
-        with self._leader.forward(batch, dispatch.bucket, allow_graph):
+        with self.leading([batch], dispatch, allow_graph):
             return self._run(batch, dispatch)
 
+    def leading(
+        self, batches: Sequence[ForwardBatch], dispatch: Dispatch, allow_graph: bool
+    ) -> AbstractContextManager[None]:
+        """Around a forward that the other ranks run too; see ``Leader.forward``."""
+        if self._leader is None:
+            raise RuntimeError("rank 0 alone begins a forward of all ranks")
+        return self._leader.forward(batches, dispatch.bucket, allow_graph)
+
     def _run(self, batch: ForwardBatch, dispatch: Dispatch) -> ForwardResult:
+        stack = self.run_stack(batch, dispatch, batch.num_tokens)
+        result = self._tail(dispatch, stack.hidden, stack.filled, batch)
+        return replace(result, graph=stack.graph, verification=stack.verification)
+
+    def run_stack(self, batch: ForwardBatch, dispatch: Dispatch, rows: int) -> StackResult:
+        """The layer stack's part of a forward, eagerly over ``rows`` rows."""
         decode = batch.mode is ForwardMode.DECODE
         (self.decode_dispatch_counts if decode else self.dispatch_counts)[dispatch.reason] += 1
-        graphs, graph, check = self._runner_of(batch), None, None
+        graphs, graph, check = self._runner_of(dispatch), None, None
         if graphs is not None and dispatch.bucket is not None:
             (self.decode_bucket_hits if decode else self.bucket_hits)[dispatch.bucket] += 1
-            if self.verifier is not None and isinstance(graphs, BreakableCudaGraphRunner):
+            if self.verifier is not None and isinstance(graphs, PrefillGraphRunner):
                 check = self.verifier.begin(graphs, batch, dispatch.bucket)
             filled = graphs.replay_prepare(batch, dispatch.bucket)
             hidden = graphs.replay(batch, dispatch.bucket)
@@ -312,14 +403,18 @@ class ModelRunner:
             buffers, backend = self._buffers, self.attn_backend
             if decode and batch.rows is not None and self.decode_backend is not None:
                 buffers, backend = self._decode_buffers, self.decode_backend
-            filled = buffers.fill(batch, batch.num_tokens)
-            backend.init_forward_metadata(batch)
+            filled = buffers.fill(batch, rows)
+            if batch.num_tokens:
+                backend.init_forward_metadata(batch)
             with forward_context(batch, backend):
                 backend.begin_layers(filled.inputs)
                 hidden = self._eager(filled.inputs)
-        return replace(self._tail(dispatch, hidden, filled, batch), graph=graph, verification=check)
+        return StackResult(hidden, filled, graph, check)
 
-    def _check(self, batch: ForwardBatch) -> None:
+    def check(self, batch: ForwardBatch) -> None:
+        """Raise ValueError where ``batch`` cannot run here."""
+        if not batch.num_tokens:
+            raise ValueError("a batch without requests has nothing to run")
         if self.mamba_pool is not None and batch.has_prefix and batch.rows is None:
             raise ValueError(
                 "a batch that goes on from cached tokens needs the rows of its requests, in which "
@@ -349,13 +444,14 @@ class ModelRunner:
             lines += [mismatch.describe() for mismatch in found]
         if self._no_stack:
             lines.append(self._no_stack)
-        runner, counted = self._runner_of(batch), self.dispatch_counts
+        runner, counted = self._runner_of(dispatch), self.dispatch_counts
         if batch.mode is ForwardMode.DECODE:
             counted = self.decode_dispatch_counts
         if runner is not None:
             graph = next(iter(runner.graphs.values()))
+            name = f"{dispatch.kind} " if isinstance(runner, PrefillGraphRunner) else ""
             lines.append(
-                f"each of {len(runner.buckets)} graphs has {graph.num_segments} "
+                f"each of {len(runner.buckets)} {name}graphs has {graph.num_segments} "
                 f"segments and {graph.num_breaks} breaks"
             )
         counts = ", ".join(f"{reason}: {n}" for reason, n in dict(counted).items())
@@ -371,8 +467,8 @@ class ModelRunner:
             scores = self._head(hidden, self.model.score.weight, filled.last_rows)
             return ForwardResult(dispatch, pooled=scores)
         if self.args.is_embedding:
-            return ForwardResult(dispatch, pooled=self._pooler(hidden, filled.extend_lens))
-        logits = self._logits(
+            return ForwardResult(dispatch, pooled=self.pooler(hidden, filled.extend_lens))
+        logits = self.logits(
             hidden, self.model.logits_head, filled.last_rows, filled.logprob_targets
         )
         return ForwardResult(dispatch, logits.next_token_logits, logits.input_token_logprobs)

@@ -23,8 +23,8 @@ from torch import nn
 from breakgraph.attention import Attention, AttentionBackend, RadixLinearAttention
 from breakgraph.forward import ForwardBatch, forward_context
 from breakgraph.runner.break_recorder import BreakCall, BreakRecorder, recording
-from breakgraph.runner.breakable_cuda_graph_runner import BreakableCudaGraphRunner
 from breakgraph.runner.input_buffers import PrefillInputBuffers
+from breakgraph.runner.prefill_graph_runner import PrefillGraphRunner
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Verification:
     """
 
     verifier: PrefillVerifier
-    graphs: BreakableCudaGraphRunner
+    graphs: PrefillGraphRunner
     batch: ForwardBatch
     bucket: int
     before: list[torch.Tensor]
@@ -139,7 +139,7 @@ class PrefillVerifier:
         return dict(zip(OUTCOMES, counts, strict=True))
 
     def begin(
-        self, graphs: BreakableCudaGraphRunner, batch: ForwardBatch, bucket: int
+        self, graphs: PrefillGraphRunner, batch: ForwardBatch, bucket: int
     ) -> Verification | None:
         """Call before each replay: what to call after it, if it is this one's turn.
 
@@ -268,8 +268,9 @@ class PrefillVerifier:
         error = float(row_error(hidden, expected)[0])
         if error <= self.bound:
             return None, ""
-        last = replayed[-1].name if replayed else "the beginning"
-        return None, f"in the segments after {last}, the last break"
+        if not replayed:
+            return None, f"in the {check.graphs.kind} graph, which has no break to look at"
+        return None, f"in the segments after {replayed[-1].name}, the last break"
 
     def _differs(self, got: BreakCall, expected: BreakCall) -> str:
         """Which part of the break, or nothing where all agrees."""
