@@ -3,6 +3,9 @@
 Every rank calls the same collectives in the same order; what decides an order is therefore always
 something that every rank knows. A layer takes the group at hand when it is made, so models pass
 none around; with one rank every method here is the identity and records no op.
+
+Where ranks hold different requests (``data_parallel``) they share the experts alone: to every other
+layer each rank is the only one.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ class TensorParallelGroup:
         size: ranks.
         local_rank: the place of this rank on its host, which is its CUDA device.
         scatters_rows: whether mixtures of experts divide the rows among the ranks.
+        data_parallel: whether each rank holds requests of its own.
     """
 
     def __init__(
@@ -37,10 +41,12 @@ class TensorParallelGroup:
         data: Any = None,
         control: Any = None,
         scatters_rows: bool = False,
+        data_parallel: bool = False,
     ) -> None:
         """``data`` carries what is on the device, ``control`` facts between the hosts."""
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self.scatters_rows = scatters_rows and size > 1
+        self.data_parallel = data_parallel and size > 1
         self._control = control
         self._name = "" if size == 1 else collectives.register(data)
 
@@ -68,6 +74,12 @@ class TensorParallelGroup:
             return part
         whole = self.all_gather(part).view(self.size, *part.shape).transpose(0, 1)
         return whole.reshape(len(part), -1)[:, :columns]
+
+    def gather_padded(self, part: torch.Tensor, rows: int) -> torch.Tensor:
+        """The ranks' ``[up to rows, ...]``, padded with zeros: ``[size, rows, ...]``."""
+        padded = part.new_zeros(rows, *part.shape[1:])
+        padded[: len(part)] = part
+        return self.all_gather(padded).view(self.size, *padded.shape)
 
     def reduce_scatter(self, part: torch.Tensor) -> torch.Tensor:
         """This rank's rows of the sum over the ranks: ``[rows_of_rank(rows), ...]``.
@@ -114,6 +126,16 @@ class TensorParallelGroup:
             return tuple(values)
         return tuple(self.broadcast(torch.tensor(values, dtype=torch.float64)).tolist())
 
+    def shared_text(self, text: str) -> str:
+        """The first rank's text."""
+        if self.size == 1:
+            return text
+        data = torch.frombuffer(bytearray(text.encode() + b" "), dtype=torch.uint8)
+        length = self.broadcast(torch.tensor([len(data)]))
+        if not self.is_first:
+            data = torch.zeros(int(length), dtype=torch.uint8)
+        return bytes(self.broadcast(data).tolist()).decode()[:-1]
+
     def vote(self, cause: str | None) -> dict[int, str]:
         """What went wrong, by rank, where anything did: every rank gets the same."""
         if self.size == 1:
@@ -127,12 +149,13 @@ class TensorParallelGroup:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Layers made inside are sharded over this group."""
-        outer, _local.group = _local.group, self
+        """Layers made inside are sharded over this group, if ``data_parallel`` experts alone."""
+        outer = _local.group, _local.experts
+        _local.group, _local.experts = SINGLE if self.data_parallel else self, self
         try:
             yield
         finally:
-            _local.group = outer
+            _local.group, _local.experts = outer
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
@@ -152,6 +175,7 @@ SINGLE = TensorParallelGroup()
 
 class _Local(threading.local):
     group: TensorParallelGroup = SINGLE
+    experts: TensorParallelGroup = SINGLE
 
 
 _local = _Local()
@@ -160,3 +184,8 @@ _local = _Local()
 def current_group() -> TensorParallelGroup:
     """The group that layers made now are sharded over."""
     return _local.group
+
+
+def expert_group() -> TensorParallelGroup:
+    """The group that experts made now are shared out to."""
+    return _local.experts

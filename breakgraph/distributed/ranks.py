@@ -11,6 +11,7 @@ import atexit
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,14 @@ import torch
 import torch.distributed as dist
 
 from breakgraph.distributed.group import SINGLE, TensorParallelGroup
-from breakgraph.distributed.watch import COLLECTIVE_SECONDS, Watch, ended
+from breakgraph.distributed.process_groups import (
+    CLOSE_SECONDS,
+    backend_of,
+    end_groups,
+    init_groups,
+    make_group,
+)
+from breakgraph.distributed.watch import Watch, ended
 
 if TYPE_CHECKING:
     from breakgraph.server_args import ServerArgs
@@ -32,10 +40,6 @@ if TYPE_CHECKING:
 c10d: Any = dist  # whose stores are not among the names that it exports to a type checker
 
 START_SECONDS = 300.0
-CLOSE_SECONDS = 10.0
-_FOREVER = timedelta(days=365)
-"""For what ranks wait for without a limit, such as the next batch; a Watch ends what is over."""
-
 _TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 _numbers = itertools.count()
 
@@ -61,7 +65,7 @@ class Ranks:
         self._processes, self._store, self._owns_dist = processes, store, owns_dist
         self._closed = watch is None
         if not self._closed:
-            atexit.register(self.close)
+            atexit.register(self.close, agreed=False)
 
     @property
     def closed(self) -> bool:
@@ -86,19 +90,25 @@ class Ranks:
         finally:
             self.watch.busy = False
 
-    def close(self) -> None:
-        """End the watching, and what was spawned if it has not ended by itself; once."""
+    def close(self, *, agreed: bool = True) -> None:
+        """End the watching and the groups, and what was spawned if it has not ended by itself.
+
+        Closing again does nothing.
+
+        Args:
+            agreed: whether the other ranks do so too, as at the end of what they follow.
+        """
         if self._closed or self.watch is None:
             return
         self._closed = True
         atexit.unregister(self.close)
-        failed = self.watch.failure is not None
+        together = agreed and self.watch.failure is None
         self.watch.stop()
-        end_all(self._processes, 0.0 if failed else CLOSE_SECONDS)
-        # NCCL would wait for who is gone; gloo has seen their connections close.
-        if self._owns_dist and not (failed and dist.get_backend() == "nccl"):
-            with suppress(Exception):
-                dist.destroy_process_group()
+        if not together:
+            end_all(self._processes, 0.0)
+        if self._owns_dist:
+            end_groups(together=together)
+        end_all(self._processes, CLOSE_SECONDS)
 
 
 def start_ranks(args: ServerArgs) -> Ranks:
@@ -106,7 +116,7 @@ def start_ranks(args: ServerArgs) -> Ranks:
 
     Raises:
         ValueError: there cannot be so many here.
-        RuntimeError: a spawned rank ended at once, or none came up in time.
+        RuntimeError: a spawned rank ended at once, or one did not come up in time.
     """
     if args.tp_size == 1:
         return Ranks()
@@ -125,23 +135,48 @@ def is_follower(args: ServerArgs) -> bool:
     return args.tp_size > 1 and environ_has_torchrun() and os.environ["RANK"] != "0"
 
 
+def check_torchrun(args: ServerArgs) -> None:
+    """Raise ValueError where torchrun has started more ranks, or fewer, than ``args`` ask for.
+
+    Of the ranks of a host one says so, and the others wait for torchrun to end them.
+    """
+    if not environ_has_torchrun() or int(os.environ["WORLD_SIZE"]) == args.tp_size:
+        return
+    if os.environ["LOCAL_RANK"] != "0":
+        time.sleep(CLOSE_SECONDS)
+        raise SystemExit(2)
+    raise ValueError(
+        f"torchrun started {os.environ['WORLD_SIZE']} ranks, over all hosts, and --tp-size is "
+        f"{args.tp_size}; make them the same"
+    )
+
+
 def _join_torchrun(args: ServerArgs) -> Ranks:
-    size = int(os.environ["WORLD_SIZE"])
-    if size != args.tp_size:
-        raise ValueError(
-            f"torchrun started {size} ranks and --tp-size is {args.tp_size}; make them the same"
-        )
+    check_torchrun(args)
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    owns = not dist.is_initialized()
-    _init_groups(_backend(args), local_rank, init_method="env://") if owns else None
+    size, owns = args.tp_size, not dist.is_initialized()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = c10d.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
+    # torchrun's first agent holds the store; where the variables were set otherwise, rank 0 does.
+    holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    how = {"wait_for_workers": False, "timeout": timedelta(seconds=START_SECONDS)}
+    store = c10d.TCPStore(address, port, is_master=holds, multi_tenant=True, **how)
+    own = c10d.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    mine = c10d.PrefixStore(f"breakgraph {attempt} {next(_numbers)}", store)
-    group = _make_group(rank, size, local_rank, args, world=owns)
-    watch = Watch(rank, size, mine, ends_process=True)
+    prefix = f"breakgraph {attempt} {next(_numbers)}"
+    mine, own = c10d.PrefixStore(prefix, store), c10d.PrefixStore(prefix, own)
+    watch = Watch(rank, size, own, ends_process=True, host=socket.gethostname())
     watch.start()
-    return Ranks(group, watch, owns_dist=owns)
+    try:
+        mine.set(f"up {rank}", "")
+        _wait_for(range(size), mine)
+        if owns:
+            where = c10d.PrefixStore("groups", mine)
+            init_groups(backend_of(args), local_rank, store=where, rank=rank, world_size=size)
+        group = make_group(rank, size, local_rank, args, world=owns)
+    except BaseException:
+        watch.stop()
+        raise
+    return Ranks(group, watch, store=store, owns_dist=owns)
 
 
 def _spawn(args: ServerArgs) -> Ranks:
@@ -151,7 +186,7 @@ def _spawn(args: ServerArgs) -> Ranks:
             "from it; start them all by torchrun, or close the other engine first"
         )
     size, threads = args.tp_size, max(1, torch.get_num_threads() // args.tp_size)
-    if _backend(args) == "nccl" and torch.cuda.device_count() < size:
+    if backend_of(args) == "nccl" and torch.cuda.device_count() < size:
         raise ValueError(
             f"--tp-size {size} needs as many GPUs, and torch sees {torch.cuda.device_count()}"
         )
@@ -173,7 +208,7 @@ def _spawn(args: ServerArgs) -> Ranks:
             assert process.stdin is not None
             process.stdin.write(json.dumps(told).encode() + b"\n")
             process.stdin.flush()  # and stays open: its end is how a rank knows that we are gone
-        _wait_for(processes, store)
+        _wait_for(range(1, size), store, processes)
         return connect(0, size, args, store.port, processes, store)
     except BaseException:
         end_all(processes, 0.0)
@@ -199,52 +234,22 @@ def connect(
     watch.start()
     try:
         where = c10d.PrefixStore("groups", store)
-        _init_groups(_backend(args), rank, store=where, rank=rank, world_size=size)
-        group = _make_group(rank, size, rank, args, world=True)
+        init_groups(backend_of(args), rank, store=where, rank=rank, world_size=size)
+        group = make_group(rank, size, rank, args, world=True)
     except BaseException:
         watch.stop()
         raise
     return Ranks(group, watch, processes, store, owns_dist=True)
 
 
-def _backend(args: ServerArgs) -> str:
-    on_cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    return "nccl" if on_cuda else "gloo"
-
-
-def _init_groups(backend: str, local_rank: int, **where: Any) -> None:
-    if backend == "nccl":
-        # Communicators are made now: in a capture it would be too late.
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        where["device_id"] = device
-    dist.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_SECONDS), **where)
-
-
-def _make_group(
-    rank: int, size: int, local_rank: int, args: ServerArgs, *, world: bool
-) -> TensorParallelGroup:
-    limit = timedelta(seconds=COLLECTIVE_SECONDS)
-    data = dist.group.WORLD if world else dist.new_group(backend=_backend(args), timeout=limit)
-    control = dist.new_group(backend="gloo", timeout=_FOREVER)
-    return TensorParallelGroup(
-        rank,
-        size,
-        local_rank=local_rank,
-        data=data,
-        control=control,
-        scatters_rows=args.moe_scatter,
-    )
-
-
-def _wait_for(processes: Sequence[subprocess.Popen[bytes]], store: Any) -> None:
+def _wait_for(ranks: range, store: Any, processes: Sequence[subprocess.Popen[bytes]] = ()) -> None:
     """Wait until each rank has connected. Raises RuntimeError, naming one that ended."""
-    size, deadline = len(processes) + 1, time.monotonic() + START_SECONDS
-    for rank, process in enumerate(processes, 1):
+    size, deadline = ranks.stop, time.monotonic() + START_SECONDS
+    for rank in ranks:
         while not store.check([f"up {rank}"]):
-            if process.poll() is not None:
-                how = ended(process.returncode)
-                raise RuntimeError(f"rank {rank} of {size} {how} at its start")
+            code = processes[rank - 1].poll() if processes else None
+            if code is not None:
+                raise RuntimeError(f"rank {rank} of {size} {ended(code)} at its start")
             if time.monotonic() > deadline:
                 raise RuntimeError(
                     f"rank {rank} of {size} did not come up in {START_SECONDS:.0f} s"

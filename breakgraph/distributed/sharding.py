@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from breakgraph.distributed.group import current_group
+from breakgraph.distributed.group import TensorParallelGroup, current_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,13 @@ class Shard:
         return slice(rows + self.begin, rows + self.end)
 
 
-def equal_shard(total: int, what: str) -> Shard:
-    """This rank's of ``total`` things, as many as any other's.
+def equal_shard(total: int, what: str, group: TensorParallelGroup | None = None) -> Shard:
+    """This rank's of ``total`` things, as many as any other's of ``group``, else the current one.
 
     Raises:
         ValueError: they cannot be divided; ``what`` is the field that counts them.
     """
-    group = current_group()
+    group = group or current_group()
     if total % group.size:
         raise ValueError(
             f"{what} {total} cannot be divided among --tp-size {group.size} ranks; choose a "

@@ -53,10 +53,11 @@ class Watch:
         processes: Sequence[subprocess.Popen[bytes]] = (),
         *,
         ends_process: bool,
+        host: str = "",
     ) -> None:
         """``store`` is a connection of its own; ``processes`` are the ranks from 1 on, if spawned
-        here."""
-        self.rank, self.size, self.ends_process = rank, size, ends_process
+        here; ``host`` is where this rank runs, if not all run here."""
+        self.rank, self.size, self.ends_process, self.host = rank, size, ends_process, host
         self.failure: str | None = None
         self.busy = True
         self._store, self._processes = store, list(processes)
@@ -64,16 +65,22 @@ class Watch:
         self._stopped, self._failed = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._beats = 0
+        self._looked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="breakgraph-ranks", daemon=True)
+        self._guard = threading.Thread(
+            target=self._guard_look, name="breakgraph-guard", daemon=True
+        )
 
     def start(self) -> None:
+        self._looked = time.monotonic()
         self._thread.start()
+        self._guard.start()
 
     def stop(self) -> None:
         """Look no more: from now on ranks may end."""
         self._stopped.set()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(GRACE_SECONDS)  # longer only where the store does not answer
 
     def check(self) -> None:
         """Raise RankFailedError if a rank has failed."""
@@ -95,7 +102,7 @@ class Watch:
         with self._lock:
             if self.failure is not None or self._stopped.is_set():
                 return
-            self.failure = f"rank {rank} of {self.size} {what}"
+            self.failure = f"{self._name(rank)} {what}"
         with suppress(Exception):
             self._store.set("failure", f"{rank} {what}")
         for process in self._processes:
@@ -106,13 +113,27 @@ class Watch:
         """The rank that holds up the others, by the collectives each has entered."""
         entered = {self.rank: Entered.count}
         for rank, (beat, _) in self._seen.items():
-            entered[rank] = int(beat.partition(" ")[2] or 0)
+            entered[rank] = int(_parts(beat)[1] or 0)
         late = min(entered, key=lambda rank: (entered[rank], rank == self.rank))
         return late, f"did not take part in a collective ({error})"
+
+    def _name(self, rank: int) -> str:
+        host = self.host if rank == self.rank else _parts(self._seen[rank][0])[2]
+        return f"rank {rank} of {self.size}" + (f" on {host}" if host else "")
+
+    def _guard_look(self) -> None:
+        """A store whose host is gone without a word, or stopped, answers never."""
+        while not self._stopped.wait(BEAT_SECONDS) and not self._failed.is_set():
+            if time.monotonic() - self._looked > STALE_SECONDS:
+                with self._lock:
+                    self.failure = self.failure or f"{self._name(0)} does not answer"
+                self._failed.set()
+                self._end()
 
     def _run(self) -> None:
         while not self._stopped.wait(BEAT_SECONDS):
             self._look()
+            self._looked = time.monotonic()
             if self._failed.is_set():
                 self._end()
                 return
@@ -126,7 +147,7 @@ class Watch:
                 return
         try:
             self._beats += 1
-            self._store.set(f"beat {self.rank}", f"{self._beats} {Entered.count}")
+            self._store.set(f"beat {self.rank}", f"{self._beats} {Entered.count} {self.host}")
             if words := self._failure_told():
                 self.fail(*words)
             for other in self._seen:
@@ -163,6 +184,13 @@ class Watch:
         if self._stopped.is_set() or not (self.ends_process or self.busy):
             return
         end_process(self.failure or "")
+
+
+def _parts(beat: str) -> tuple[str, str, str]:
+    """Beats, collectives entered, and host, of what a rank says of itself."""
+    beats, _, rest = beat.partition(" ")
+    entered, _, host = rest.partition(" ")
+    return beats, entered, host
 
 
 def end_process(failure: str) -> None:

@@ -6,6 +6,7 @@ and reads copies. It never waits for a client, and what it dies of is kept and t
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -15,11 +16,12 @@ from dataclasses import dataclass
 import torch
 
 from breakgraph.distributed.watch import RankFailedError
+from breakgraph.engine.data_parallel import make_scheduler
 from breakgraph.engine.engine import Engine
 from breakgraph.engine.errors import EngineDeadError, QueueFullError, RequestFailedError
 from breakgraph.engine.request import Request, Want
 from breakgraph.engine.sampling_params import SamplingParams
-from breakgraph.engine.scheduler import Scheduler, Update
+from breakgraph.engine.scheduler import Update
 from breakgraph.engine.statistics import LastPrefill
 from breakgraph.engine.stream import Output, Stream, Waiter, wake
 from breakgraph.runner.verification import OUTCOMES
@@ -43,6 +45,7 @@ class EngineSnapshot:
         cached_tokens: tokens of prompts found in the prefix cache.
         retractions: times that a request had to give back its slots for a while.
         dispatch_counts: prefill forwards by dispatch reason.
+        prefill_modes: prefill forwards by how they ran.
         decode_dispatch_counts: decode forwards by dispatch reason.
         bucket_hits: prefill replays by bucket.
         padding: padded rows as a share of all rows replayed by prefills, 0 to 1.
@@ -64,6 +67,7 @@ class EngineSnapshot:
     cached_tokens: int
     retractions: int
     dispatch_counts: dict[str, int]
+    prefill_modes: dict[str, int]
     decode_dispatch_counts: dict[str, int]
     bucket_hits: dict[int, int]
     padding: float
@@ -91,10 +95,11 @@ class AsyncEngine:
 
     def __init__(self, server_args: ServerArgs) -> None:
         self._engine = Engine(server_args)
+        atexit.unregister(self._engine.close)  # its scheduler is not the one that runs
         self.args, self.tokenizer = server_args, self._engine.tokenizer
         self.runner = self._engine.runner
         self.failure: str | None = None
-        self._scheduler = Scheduler(
+        self._scheduler = make_scheduler(
             self.runner,
             cache_prefixes=not server_args.disable_radix_cache,
             random_seed=server_args.random_seed,
@@ -186,24 +191,25 @@ class AsyncEngine:
     def snapshot(self) -> EngineSnapshot:
         """How the engine is doing; cheap, from any thread."""
         scheduler = self._scheduler
-        kv, statistics, verifier = scheduler.kv, scheduler.statistics, self.runner.verifier
-        available = kv.available_pages * kv.page_size
+        statistics, verifier = scheduler.statistics, self.runner.verifier
+        cache = scheduler.cache_use()
         return EngineSnapshot(
-            queued=len(scheduler.waiting) + len(self._new),
-            running=len(scheduler.running),
+            queued=scheduler.num_waiting + len(self._new),
+            running=scheduler.num_running,
             requests=statistics.prompts,
             prompt_tokens=statistics.prompt_tokens,
             generated_tokens=statistics.generated_tokens,
             cached_tokens=statistics.cached_tokens,
             retractions=statistics.retractions,
             dispatch_counts=dict(statistics.reasons),
+            prefill_modes=dict(statistics.modes),
             decode_dispatch_counts=dict(statistics.decode_reasons),
             bucket_hits=dict(statistics.buckets),
             padding=statistics.padding,
             graph_memory_bytes=sum(one.memory_bytes for one in self.runner.graph_runners),
-            free_kv_tokens=available,
-            used_kv_tokens=self.runner.slots.num_tokens - available,
-            cached_kv_tokens=0 if kv.cache is None else kv.cache.cached_tokens,
+            free_kv_tokens=cache.free,
+            used_kv_tokens=cache.used,
+            cached_kv_tokens=cache.cached,
             verifications=dict.fromkeys(OUTCOMES, 0) if verifier is None else verifier.outcomes,
             buckets_out_of_service=0 if verifier is None else len(verifier.mismatches),
             last_prefill=statistics.last_prefill,
@@ -234,7 +240,7 @@ class AsyncEngine:
                 raise EngineDeadError("the engine has not started; call start()")
             if self._stopping:
                 raise EngineDeadError("the engine is shutting down")
-            queued = len(self._scheduler.waiting) + len(self._new)
+            queued = self._scheduler.num_waiting + len(self._new)
             if queued >= self.args.max_queued_requests:
                 raise QueueFullError(
                     f"{queued} requests wait already; try again later, or raise "

@@ -13,12 +13,18 @@ import torch
 from breakgraph.engine.request import Request, TokenLogprob, Want
 from breakgraph.engine.sampling import sample
 from breakgraph.forward import ForwardBatch, ForwardMode
-from breakgraph.memory import MambaPool, RequestTable
+from breakgraph.memory import MambaPool, RankMemory, RequestTable
 
 if TYPE_CHECKING:
-    from breakgraph.runner.model_runner import ForwardResult
+    from breakgraph.runner.forward_result import ForwardResult
 
 NO_TARGET = -1
+
+
+class RankedRunner(Protocol):
+    """What a scheduler of several ranks asks of ``RankedForward``."""
+
+    def run(self, batches: Sequence[ForwardBatch], *, allow_graph: bool) -> list[ForwardResult]: ...
 
 
 class Runner(Protocol):
@@ -28,6 +34,12 @@ class Runner(Protocol):
     device: torch.device
     requests: RequestTable
     mamba_pool: MambaPool | None
+
+    @property
+    def rank_memory(self) -> Sequence[RankMemory]: ...
+
+    @property
+    def ranked(self) -> RankedRunner | None: ...
 
     def forward(self, batch: ForwardBatch, *, allow_graph: bool = True) -> ForwardResult: ...
 
@@ -55,25 +67,32 @@ Output: TypeAlias = tuple[int, TokenLogprob | None] | None
 """A request's generated token; None where its result is kept in the request itself."""
 
 
-def run_forward(
-    runner: Runner, pieces: Sequence[Piece], mode: ForwardMode, clock: Clock
-) -> tuple[ForwardResult, list[tuple[Request, Output]]]:
-    """Run ``pieces``, keep in their requests what is not a token, and choose the tokens.
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A forward that is to run: what it takes, and its batch.
 
-    Args:
-        runner: runs the forward.
+    Attributes:
         pieces: what it takes.
         mode: what it is for.
-        clock: times the forward, without what comes before and after it.
+        batch: the same for a runner.
+    """
+
+    pieces: Sequence[Piece]
+    mode: ForwardMode
+    batch: ForwardBatch
+
+    @property
+    def allow_graph(self) -> bool:
+        """Whether no request asked for an eager forward."""
+        return all(piece.request.allow_graph for piece in self.pieces)
+
+
+def take_result(pieces: Sequence[Piece], result: ForwardResult) -> list[tuple[Request, Output]]:
+    """Keep in the requests of ``pieces`` what is not a token, and choose the tokens.
 
     Returns:
-        What it gave, and each request whose last known token it reached, with its output.
+        Each request whose last known token the forward reached, with its output.
     """
-    batch = make_batch(pieces, runner.requests, mode)
-    allow_graph = all(piece.request.allow_graph for piece in pieces)
-    clock.start()
-    result = runner.forward(batch, allow_graph=allow_graph)
-    clock.stop()
     _keep_prompt_logprobs(pieces, result.input_token_logprobs)
     done = [(row, piece.request) for row, piece in enumerate(pieces) if piece.completes]
     outputs: list[tuple[Request, Output]] = []
@@ -93,7 +112,7 @@ def run_forward(
         else:
             _keep_vectors(requests, values)
             outputs += [(request, None) for request in requests]
-    return result, outputs
+    return outputs
 
 
 def make_batch(pieces: Sequence[Piece], table: RequestTable, mode: ForwardMode) -> ForwardBatch:

@@ -7,6 +7,7 @@ the prompts of one call, so what a call gives does not depend on those before it
 
 from __future__ import annotations
 
+import atexit
 import gc
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from breakgraph.distributed import CollectiveError
 from breakgraph.distributed.lockstep import follow
 from breakgraph.distributed.ranks import Ranks, start_ranks
 from breakgraph.engine.admission import Admission
+from breakgraph.engine.data_parallel import RankedScheduler, make_scheduler
 from breakgraph.engine.dry_run import dry_run
 from breakgraph.engine.request import Request, Want
 from breakgraph.engine.results import GenerateResult, PrefillResult
@@ -80,7 +82,7 @@ class Engine:
             self.tokenizer = load_tokenizer(self.args) if tokenizer is None else tokenizer
             runner = self._make_runner(model)
         except BaseException:
-            self._ranks.close()
+            self._ranks.close(agreed=False)
             raise
         self._runner: ModelRunner | None = runner
         self.statistics = Statistics()
@@ -89,13 +91,15 @@ class Engine:
         if model is not None:
             end_ids = model.end_token_ids or end_ids
         self._admission: Admission | None = Admission(runner, self.tokenizer, end_ids)
-        self._scheduler: Scheduler | None = Scheduler(
+        self._scheduler: Scheduler | RankedScheduler | None = make_scheduler(
             runner,
             cache_prefixes=not self.args.disable_radix_cache,
             random_seed=self.args.random_seed,
             statistics=self.statistics,
         )
         self._lock = threading.Lock()
+        if self._ranks.watch is not None:
+            atexit.register(self.close)  # a script may forget, and ranks end together
 
     def _make_runner(self, model: TransformersModel | None) -> ModelRunner:
         """This rank's; one that torchrun started to follow another does so now, and exits."""
@@ -128,6 +132,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of model, pools and graphs. Closing again does nothing."""
+        atexit.unregister(self.close)
         with self._lock:
             runner, self._runner = self._runner, None
             self._admission = self._scheduler = None
@@ -289,4 +294,4 @@ class Engine:
             scheduler.verify()
         finally:
             scheduler.abort_all()
-            scheduler.kv.flush()
+            scheduler.forget()

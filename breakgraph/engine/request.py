@@ -54,6 +54,7 @@ class Request:
         use_cache: whether it reads and leaves cached prefixes.
         allow_graph: False runs its prefill eagerly.
         deadline: by ``time.monotonic()``, when it ends as it is; None for never.
+        rank: which rank it runs on, where ranks hold different requests.
         number: its place among all requests of its scheduler; the lower goes first.
         seed: of its draws.
         started: whether it ever ran.
@@ -78,6 +79,7 @@ class Request:
     use_cache: bool = True
     allow_graph: bool = True
     deadline: float | None = None
+    rank: int = 0
     number: int = -1
     seed: int = 0
     started: bool = False

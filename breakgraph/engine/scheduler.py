@@ -12,19 +12,28 @@ import heapq
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from breakgraph.engine.batching import Clock, Piece, Runner, held, run_forward
+from breakgraph.engine.batching import (
+    Clock,
+    Piece,
+    Runner,
+    Work,
+    held,
+    make_batch,
+    take_result,
+)
 from breakgraph.engine.request import FinishReason, Request, TokenLogprob
 from breakgraph.engine.statistics import LastPrefill, Statistics
 from breakgraph.forward import ForwardMode
-from breakgraph.memory import KVSpace
+from breakgraph.memory import KVSpace, RankMemory
 
 if TYPE_CHECKING:
+    from breakgraph.runner.forward_result import ForwardResult
     from breakgraph.runner.verification import Verification
 
 MAX_PREFILLS = 4
@@ -52,8 +61,25 @@ class Update:
     logprob: TokenLogprob | None = None
 
 
+class CacheUse(NamedTuple):
+    """Tokens of a KV cache.
+
+    Attributes:
+        free: that a new request could have, cached ones nobody uses with them.
+        used: that running requests hold.
+        cached: in the prefix cache, in use or not.
+    """
+
+    free: int
+    used: int
+    cached: int
+
+
 class Scheduler:
     """A step loop over a runner: ``add`` requests, ``step`` while there is work; no threads.
+
+    A step is ``begin``, the forward and ``end``, or ``fail``: ranks that run one forward together
+    take these apart.
 
     Attributes:
         kv: rows, slots and cached prefixes.
@@ -70,8 +96,12 @@ class Scheduler:
         random_seed: int = 0,
         headroom: int = HEADROOM,
         statistics: Statistics | None = None,
+        memory: RankMemory | None = None,
+        numbers: Iterator[int] | None = None,
     ) -> None:
-        self.kv = KVSpace(runner.requests, cache_prefixes, runner.mamba_pool)
+        """``memory`` is that of the runner's rank; ``numbers`` are shared with other schedulers."""
+        memory = memory or RankMemory(runner.requests, runner.mamba_pool)
+        self.kv = KVSpace(memory.table, cache_prefixes, memory.states)
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}
         self.statistics = Statistics() if statistics is None else statistics
@@ -79,7 +109,7 @@ class Scheduler:
         self._chunk = runner.chunk_size
         self._random_seed = random_seed
         self._headroom = headroom
-        self._numbers = itertools.count()
+        self._numbers = itertools.count() if numbers is None else numbers
         self._deadlines: list[tuple[float, int, Request]] = []
         self._clock = Clock(runner.device)
         self._prefills = self._prefill_tokens = 0  # since the last decode
@@ -94,6 +124,24 @@ class Scheduler:
     def idle_and_empty(self) -> bool:
         """True when no request is left and none has left a slot behind but in the cache."""
         return not self.has_work and self.kv.is_empty
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    def cache_use(self) -> CacheUse:
+        """How full the KV cache is."""
+        kv = self.kv
+        free, total = kv.available_pages * kv.page_size, kv.table.allocator.num_tokens
+        return CacheUse(free, total - free, 0 if kv.cache is None else kv.cache.cached_tokens)
+
+    def forget(self) -> None:
+        """Let go of all cached prefixes that nobody uses."""
+        self.kv.flush()
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -124,20 +172,43 @@ class Scheduler:
         A forward that raises ends its requests with "error", the exception in ``error``; the
         others go on.
         """
+        updates, work = self.begin()
+        if work is None:
+            return updates
+        try:
+            self._clock.start()
+            result = self._runner.forward(work.batch, allow_graph=work.allow_graph)
+            self._clock.stop()
+        except Exception as error:
+            return updates + self.fail(work.pieces, error)
+        return updates + self.end(work, result, self._clock.ms)
+
+    def begin(self) -> tuple[list[Update], Work | None]:
+        """What has ended by now, and the forward to run next, if there is work."""
         self.verify()
         updates: list[Update] = []
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():
             updates += self.abort(heapq.heappop(self._deadlines)[2], "deadline")
         pieces, mode = self._plan()
         if not pieces:
-            return updates
+            return updates, None
         try:
-            return updates + self._run(pieces, mode)
+            return updates, Work(pieces, mode, make_batch(pieces, self.kv.table, mode))
         except Exception as error:
-            requests = [piece.request for piece in pieces]
-            ended = [Update(r) for r in requests if r.finish_reason is not None]
-            failed = [self._fail(r, error) for r in requests if r.finish_reason is None]
-            return updates + ended + failed
+            return updates + self.fail(pieces, error), None
+
+    def end(self, work: Work, result: ForwardResult, ms: Callable[[], float]) -> list[Update]:
+        """What ``work`` has come to, with what its forward gave in ``ms()`` milliseconds."""
+        try:
+            return self._take_result(work, result, ms)
+        except Exception as error:
+            return self.fail(work.pieces, error)
+
+    def fail(self, pieces: Sequence[Piece], error: Exception) -> list[Update]:
+        """End the requests of a forward that raised."""
+        requests = [piece.request for piece in pieces]
+        ended = [Update(r) for r in requests if r.finish_reason is not None]
+        return ended + [self._fail(r, error) for r in requests if r.finish_reason is None]
 
     def verify(self) -> None:
         """Run the last forward's eager check, if it is due: call it when its news are delivered.
@@ -312,11 +383,13 @@ class Scheduler:
 
     # Running.
 
-    def _run(self, pieces: Sequence[Piece], mode: ForwardMode) -> list[Update]:
-        result, outputs = run_forward(self._runner, pieces, mode, self._clock)
+    def _take_result(
+        self, work: Work, result: ForwardResult, ms: Callable[[], float]
+    ) -> list[Update]:
+        outputs = take_result(work.pieces, result)
         self._verification = result.verification
-        is_prefill, stateful = mode is ForwardMode.PREFILL, self.kv.states is not None
-        for piece in pieces:
+        is_prefill, stateful = work.mode is ForwardMode.PREFILL, self.kv.states is not None
+        for piece in work.pieces:
             request = piece.request
             request.computed += piece.count
             if is_prefill and not request.num_new:
@@ -331,7 +404,7 @@ class Scheduler:
             else:
                 updates.append(self._take(request, *output))
         if is_prefill:
-            self.statistics.record_prefill(LastPrefill.of(result, self._clock.ms()))
+            self.statistics.record_prefill(LastPrefill.of(result, ms()))
         else:
             self.statistics.record_decode(result.dispatch.reason.value)
         return updates

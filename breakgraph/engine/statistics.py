@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from breakgraph.runner.model_runner import ForwardResult
+    from breakgraph.runner.forward_result import ForwardResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +19,7 @@ class LastPrefill:
         tokens: its tokens, padding not counted.
         bucket: of the graph that was replayed; None when it ran eagerly.
         reason: why it was replayed or not.
+        mode: how it ran: "eager", or the kind of graphs that replayed it.
         text: the decision in a sentence.
         segments: of that graph; 0 when eager.
         breaks: of that graph; 0 when eager.
@@ -29,6 +31,7 @@ class LastPrefill:
     bucket: int | None
     reason: str
     text: str
+    mode: str = "eager"
     segments: int = 0
     breaks: int = 0
     padding_rows: int = 0
@@ -44,6 +47,7 @@ class LastPrefill:
             bucket=bucket,
             reason=dispatch.reason.value,
             text=dispatch.describe(),
+            mode="eager" if bucket is None else dispatch.kind,
             segments=0 if graph is None else graph.num_segments,
             breaks=0 if graph is None else graph.num_breaks,
             padding_rows=0 if bucket is None else bucket - tokens,
@@ -64,11 +68,14 @@ class Statistics:
         decodes: decode forwards.
         buckets: per bucket its prefill replays.
         reasons: per dispatch reason its prefill forwards.
+        modes: per way to run its prefill forwards.
         decode_reasons: per dispatch reason its decode forwards.
         replayed_tokens: tokens of replayed prefills, padding not counted.
         eager_ms: milliseconds in eager prefill forwards, all together.
         replayed_ms: milliseconds in replayed prefill forwards, all together.
         last_prefill: the latest prefill forward.
+        first_token_at: when the first prefill that gave a token was done, by
+            ``time.perf_counter()``.
     """
 
     prompts: int = 0
@@ -79,11 +86,13 @@ class Statistics:
     decodes: int = 0
     buckets: Counter[int] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
     decode_reasons: Counter[str] = field(default_factory=Counter)
     replayed_tokens: int = 0
     eager_ms: float = 0.0
     replayed_ms: float = 0.0
     last_prefill: LastPrefill | None = None
+    first_token_at: float | None = None
 
     @property
     def prefills(self) -> int:
@@ -104,7 +113,10 @@ class Statistics:
     def record_prefill(self, prefill: LastPrefill) -> None:
         """Count a prefill forward."""
         self.last_prefill = prefill
+        if self.first_token_at is None and self.generated_tokens:
+            self.first_token_at = time.perf_counter()
         self.reasons[prefill.reason] += 1
+        self.modes[prefill.mode] += 1
         if prefill.bucket is None:
             self.eager_ms += prefill.ms
         else:

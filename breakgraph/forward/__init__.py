@@ -11,6 +11,7 @@ from breakgraph.forward.forward_context import (
     forward_context,
     get_forward_context,
 )
+from breakgraph.forward.rank_counts import RankCounts
 from breakgraph.forward.staging import HostStaging
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ForwardMode",
     "HostStaging",
     "LayerInputs",
+    "RankCounts",
     "forward_context",
     "get_forward_context",
 ]

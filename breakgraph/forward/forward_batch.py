@@ -27,7 +27,7 @@ class ForwardMode(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardBatch:
-    """New tokens of one or more requests, packed one request after the other.
+    """New tokens of requests, packed one request after the other; of none on an idle rank.
 
     Attributes:
         input_ids: int64 ``[num_tokens]``, the new tokens.
@@ -65,7 +65,7 @@ class ForwardBatch:
             raise ValueError(
                 f"{len(self.extend_lens)} requests have {len(self.prefix_lens)} prefix lengths"
             )
-        if len(self.extend_lens) == 0 or int(self.extend_lens.min()) < 1:
+        if int(self.extend_lens.min(initial=1)) < 1:
             raise ValueError("every request of a batch needs at least one new token")
         if len(self.prefix_slots) != int(self.prefix_lens.sum()):
             raise ValueError(
@@ -102,10 +102,11 @@ class ForwardBatch:
         )
 
     @classmethod
-    def dummy(cls, num_tokens: int, context_length: int) -> ForwardBatch:
-        """``num_tokens`` zeros that store to the reserved slot 0, in as few requests as can be."""
+    def dummy(cls, num_tokens: int, context_length: int, requests: int = 1) -> ForwardBatch:
+        """``num_tokens`` zeros that store to the reserved slot 0, in ``requests`` equal requests,
+        or as many more as they need."""
         zeros = np.zeros(num_tokens, np.int64)
-        requests = -(-num_tokens // context_length)
+        requests = max(requests, -(-num_tokens // context_length))
         lens = [len(part) for part in np.array_split(zeros, requests)]
         return cls(
             input_ids=zeros,
@@ -114,6 +115,11 @@ class ForwardBatch:
             prefix_lens=np.zeros(requests, np.int32),
             prefix_slots=np.zeros(0, np.int64),
         )
+
+    @classmethod
+    def idle(cls, mode: ForwardMode) -> ForwardBatch:
+        """What a rank without work brings to a forward that other ranks need it for."""
+        return cls.from_requests([], [], mode=mode, rows=np.zeros(0, np.int64))
 
     @property
     def num_tokens(self) -> int:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from breakgraph.memory.mamba_pool import MambaPool
 from breakgraph.memory.radix_cache import RadixCache, RadixNode
+from breakgraph.memory.rank_memory import StateSlots
 from breakgraph.memory.request_table import RequestTable
 from breakgraph.memory.state_cache import StateCache
 
@@ -30,7 +30,7 @@ class KVSpace:
     """
 
     def __init__(
-        self, table: RequestTable, cache_prefixes: bool = True, states: MambaPool | None = None
+        self, table: RequestTable, cache_prefixes: bool = True, states: StateSlots | None = None
     ) -> None:
         self.table = table
         self.page_size = table.allocator.page_size

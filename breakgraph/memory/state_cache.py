@@ -13,16 +13,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from breakgraph.memory.mamba_pool import MambaPool
-
 if TYPE_CHECKING:
     from breakgraph.memory.radix_cache import RadixNode
+    from breakgraph.memory.rank_memory import StateSlots
 
 
 class StateCache:
     """Which node's state lies in which of the pool's snapshot slots."""
 
-    def __init__(self, pool: MambaPool) -> None:
+    def __init__(self, pool: StateSlots) -> None:
         self._pool = pool
         self._free = list(reversed(pool.snapshots))
         self._nodes: dict[int, RadixNode] = {}  # by slot, the least recently used first

@@ -18,7 +18,7 @@ from breakgraph.distributed.collectives import CollectiveError
 from breakgraph.distributed.watch import RankFailedError, Watch, ended, when_closed
 from breakgraph.layers import CheckpointSlot
 from breakgraph.layers.moe_experts import GatedExperts
-from breakgraph.models import checkpoint, load_model
+from breakgraph.models import load_model, reading
 from breakgraph.models.checkpoint import ModelLoadError
 from breakgraph.runner.input_buffers import compute_local_num_token_non_padded
 from breakgraph.server_args import ServerArgs
@@ -67,7 +67,7 @@ def test_a_rank_reads_its_parts_alone(tmp_path: Path, name: str, monkeypatch) ->
         moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
         save_checkpoint(make_reference("Qwen3MoeForCausalLM", head_dim=8, **moe), tmp_path)
     read = dict.fromkeys(["whole", "parts"], 0)
-    copy_into = checkpoint._copy_into
+    pieces_of = reading._pieces
 
     class Watched:
         """A file that gives no whole tensor to a slot that takes a part."""
@@ -85,10 +85,10 @@ def test_a_rank_reads_its_parts_alone(tmp_path: Path, name: str, monkeypatch) ->
             assert tuple(self.slot.target.shape) == self.slot.shape, tensor
             return self.file.get_tensor(tensor)
 
-    def watched(slot: CheckpointSlot, target: torch.Tensor, file: Any, tensor: str) -> None:
-        copy_into(slot, target, Watched(file, slot), tensor)
+    def watched(file: Any, tensor: str, slot: CheckpointSlot) -> Any:
+        return pieces_of(Watched(file, slot), tensor, slot)
 
-    monkeypatch.setattr(checkpoint, "_copy_into", watched)
+    monkeypatch.setattr(reading, "_pieces", watched)
     sizes = []
     for number in range(2):
         with rank(number, 2).active():
@@ -113,7 +113,7 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path, size, config, said: s
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("size", [16, 6])  # of rows that a grouped product takes, or does not
+@pytest.mark.parametrize("size", [16, 6])
 def test_the_experts_of_all_ranks_give_what_all_experts_give(size: int) -> None:
     torch.manual_seed(0)
     whole = GatedExperts(4, size, size)

@@ -13,6 +13,7 @@ from models_support import make_reference, random_prompts, save_checkpoint
 from pair import Pair
 
 from breakgraph import Engine
+from breakgraph.distributed import TensorParallelGroup
 from breakgraph.runner import GraphCaptureError
 
 MOE = {
@@ -43,6 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "replayed": {**BREAKABLE, "cuda_graph_bs": [1, 4]},
 }
 QWEN3_NEXT = [name for name in HYBRIDS if name.startswith("qwen3_next")]
+AUTO = {**BREAKABLE, "cuda_graph_bs": [1, 4], "cuda_graph_backend_prefill": "auto"}
 LINEAR = {**BREAKABLE, "cuda_graph_bs": [1, 4], "linear_attention_capture": 4}
 PROMPTS = random_prompts([1, 5, 23, 40])
 
@@ -173,6 +175,24 @@ def test_ranks_dispatch_alike_where_costs_are_measured(folders, measured: str) -
             engine.prefill([prompt])
 
 
+@pytest.mark.parametrize("name", ["qwen3-moe", "nemotron_h"])
+def test_full_graphs_of_two_ranks_give_what_one_gives(folders, of_one, name: str) -> None:
+    check_same(of_one, folder_of(name, folders), AUTO)
+
+
+def test_ranks_choose_the_same_graphs_by_the_first_ones_times(
+    folders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only the first writes a file; a budget drops the same graphs of both."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = {"prefill_dispatch": "measured", "cuda_graph_memory_budget": 1e-4}
+    with make_engine(folder_of("qwen3", folders), 2, **AUTO | flags) as engine:
+        for prompt in random_prompts(range(1, 64, 5)):
+            engine.prefill([prompt])
+        engine.prefill(PROMPTS)
+    assert len(list((tmp_path / "breakgraph").iterdir())) == 1
+
+
 @pytest.mark.parametrize("fails", [0, 1, 3])
 def test_a_capture_that_fails_on_one_rank_makes_all_eager(folders, pair, caplog, fails) -> None:
     flags = WAYS["replayed"] | {"cuda_graph_failure": "eager"}
@@ -211,3 +231,13 @@ def test_dummy_weights_and_vectors_run(folders) -> None:
     with make_engine(folder, 2, load_format="dummy", is_embedding=True, **BREAKABLE) as engine:
         vectors = engine.embed(PROMPTS)
     assert vectors.shape == (4, 32) and vectors.isfinite().all()
+
+
+def check_shared_text(group: TensorParallelGroup) -> None:
+    for text in ("", '{"a": 1.5}', "é" * 3000):
+        if group.shared_text(text if group.is_first else "another") != text:
+            raise AssertionError(f"rank {group.rank} was not given {text[:20]!r}")
+
+
+def test_the_first_ranks_text_is_everybodys(pair: Pair) -> None:
+    pair.call(check_shared_text)
