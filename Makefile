@@ -17,7 +17,7 @@ PY := $(or $(AS_IS),.venv/bin/python)
 
 # On a GPU the tests share one device and measure its memory, so they run one at a time.
 WORKERS := $(if $(filter cpu,$(ACCELERATOR)),-n auto --maxprocesses 4)
-EXTRAS := dev$(comma)serve$(comma)eval$(if $(filter cuda,$(ACCELERATOR)),$(comma)cuda)
+EXTRAS := dev$(comma)serve$(comma)eval$(comma)ray$(if $(filter cuda,$(ACCELERATOR)),$(comma)cuda)
 
 .PHONY: help venv run test lint
 help: ## this list

@@ -7,9 +7,13 @@ the package imports where there is no GPU, no triton and no cuda-python.
 from __future__ import annotations
 
 import importlib
+import time
 from typing import Any
 
 __version__ = "0.1.0"
+
+STARTED = time.perf_counter()
+"""About when the process began, where this package is what it imports first."""
 
 _HOME = {
     "BreakableCUDAGraph": "graph",

@@ -10,11 +10,13 @@ import argparse
 import copy
 import importlib.util
 import logging
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from breakgraph import __version__
+from breakgraph import STARTED, __version__
 from breakgraph.evaluation.questions import Question, is_right, read_questions
 from breakgraph.inspection import command as inspection
 from breakgraph.server_args import FlagParser, ServerArgs
@@ -32,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run(namespace: argparse.Namespace) -> int:
         args = ServerArgs.from_cli_args(namespace)
         log_to_stderr(args.log_level)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            from breakgraph.distributed.ranks import check_torchrun
+
+            check_torchrun(args)
         return int(namespace.command(args, namespace))
 
     return guarded(run, _parser().parse_args(argv), "breakgraph")
@@ -143,8 +149,12 @@ def _run(args: ServerArgs, namespace: argparse.Namespace) -> int:
     prompts = [q.prompt for q in questions] if questions else namespace.prompt
 
     from breakgraph.engine import Engine  # torch and transformers take seconds: mistakes come first
+    from breakgraph.engine.start_up import ready_text
 
+    imported = time.perf_counter()
     with Engine(args) as engine:
+        print(ready_text(engine.runner, imported), file=sys.stderr)
+        asked = time.perf_counter()
         results = engine.generate(prompts, namespace.max_new_tokens, progress=True)
         graphs = copy.deepcopy(engine.statistics)
         if questions:
@@ -157,7 +167,7 @@ def _run(args: ServerArgs, namespace: argparse.Namespace) -> int:
             again = engine.generate(
                 prompts, namespace.max_new_tokens, allow_graph=False, progress=True
             )
-        print_table(engine, graphs)
+        print_table(engine, graphs, asked)
     if again is None:
         return 0
     differing = [i for i, (a, b) in enumerate(zip(results, again, strict=True)) if a.text != b.text]
@@ -195,8 +205,8 @@ def print_accuracy(questions: Sequence[Question], results: Sequence[GenerateResu
     print(f"accuracy: {sum(right)}/{len(right)} ({100 * sum(right) / len(right):.1f} %)")
 
 
-def print_table(engine: Engine, graphs: Statistics) -> None:
-    """What the first pass did, and what prefill cost over all passes."""
+def print_table(engine: Engine, graphs: Statistics, asked: float) -> None:
+    """What the first pass did, begun at ``asked``, and what prefill cost over all passes."""
     total = engine.statistics
     rows = [
         ("prompts", f"{graphs.prompts}"),
@@ -210,11 +220,11 @@ def print_table(engine: Engine, graphs: Statistics) -> None:
     ]
     if graphs.replays:
         rows.append(("padding", f"{100 * graphs.padding:.1f} % of the rows replayed"))
-    for runner in (engine.runner.graph_runner, engine.runner.linear_graph_runner):
-        if runner is not None:
-            graph = runner.graphs[runner.buckets[-1]]
-            shape = f"{graph.num_segments} segments, {graph.num_breaks} breaks each"
-            rows.append(("graphs", f"{len(runner.buckets)} buckets, {shape}"))
+    for runner in engine.runner.prefill_graph_runners:
+        graph = runner.graphs[runner.buckets[-1]]
+        shape = f"{graph.num_segments} segments, {graph.num_breaks} breaks each"
+        name = "graphs" if runner.kind == "breakable" else f"{runner.kind} graphs"
+        rows.append((name, f"{len(runner.buckets)} buckets, {shape}"))
     eager = total.prefills - total.replays
     for name, ms, count in (
         ("prefill replayed", total.replayed_ms, total.replays),
@@ -222,5 +232,8 @@ def print_table(engine: Engine, graphs: Statistics) -> None:
     ):
         if count:
             rows.append((name, f"{ms:.1f} ms in {count} forwards, {ms / count:.2f} ms each"))
+    if first := graphs.first_token_at:
+        after = f"{1e3 * (first - asked):.1f} ms after the prompts"
+        rows.append(("first token", f"{after}, {first - STARTED:.1f} s after the start"))
     width = max(len(name) for name, _ in rows)
     print("\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows))

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 # every intermediate of its bucket.
 DEFAULT_CHUNK = {"cuda": 8192, "cpu": 512}
 
+DEFAULT_SLOTS = 8
+
 BREAKABLE_DECODE_ENV = "BREAKGRAPH_USE_BREAKABLE_CUDA_GRAPH"
 
 T = TypeVar("T")
@@ -49,20 +51,36 @@ class ServerArgs:
     trust_remote_code: bool = _flag(
         False, "run code that comes with the model folder; read it first"
     )
+    enable_torch_compile: bool = _flag(
+        False,
+        "compile norms and feed-forward blocks of a model that runs through its transformers "
+        "class; start-up says how long that took",
+    )
     device: Literal["auto", "cuda", "cpu"] = _flag("auto", "auto is cuda where torch sees one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
         "auto", "type of weights and activations; auto follows config.json"
     )
-    attention_backend: Literal["auto", "torch_flash", "torch_native"] = _flag(
-        "auto", "auto is torch_flash for half precision on cuda, else torch_native"
+    attention_backend: Literal["auto", "torch_flash", "flashinfer", "torch_native"] = _flag(
+        "auto",
+        "auto is flashinfer in half precision on Hopper GPUs where it is installed and serves the "
+        "model, else torch_flash in half precision on cuda, else torch_native",
     )
     enable_breakable_cuda_graph: bool = _flag(
         False, "capture prefill once per token bucket and replay it, attention run in the breaks"
     )
-    cuda_graph_backend_prefill: Literal["breakable", "disabled"] | None = _flag(
+    cuda_graph_backend_prefill: Literal["breakable", "full", "auto", "disabled"] | None = _flag(
         None,
-        "how prefill is captured (default: breakable with --enable-breakable-cuda-graph, else "
-        "disabled)",
+        "how prefill is captured: breakable runs attention in breaks, full captures it too for up "
+        "to --prefill-graph-requests; auto has both and takes what is fastest for each batch "
+        "(default: breakable with --enable-breakable-cuda-graph, else disabled)",
+    )
+    prefill_graph_requests: int = _flag(
+        DEFAULT_SLOTS, "most requests of a batch that a full prefill graph holds", minimum=1
+    )
+    cuda_graph_memory_budget: float | None = _flag(
+        None,
+        "gigabytes that prefill graphs may take; those go first that save least (default: no "
+        "bound)",
     )
     cuda_graph_backend_decode: Literal["full", "breakable", "disabled"] | None = _flag(
         None,
@@ -97,8 +115,8 @@ class ServerArgs:
     )
     prefill_dispatch: Literal["auto", "measured", "always"] = _flag(
         "auto",
-        "measured: run eagerly what start-up timings show to be faster so; always: replay all that "
-        "fits a bucket; auto is measured on cuda",
+        "measured: run eagerly what timings at this start show to be faster so; always: replay all "
+        "that fits a bucket; auto on cuda takes the timings of an earlier start, if any are kept",
     )
     verify_prefill_graph: float = _flag(
         0.0,
@@ -110,8 +128,18 @@ class ServerArgs:
         "ranks that share the model, a GPU each: spawned, unless torchrun started them",
         minimum=1,
     )
+    dp_size: int = _flag(
+        1,
+        "ranks that hold different requests and share the experts of a mixture-of-experts model, "
+        "their attention whole on each: as many as --tp-size",
+        minimum=1,
+    )
     moe_scatter: bool = _flag(
         False, "each rank normalises and routes its own rows before experts (needs --tp-size)"
+    )
+    small_matrix_products: Literal["auto", "cublas"] = _flag(
+        "auto",
+        "what multiplies a few rows with a weight: auto is our own kernels where they are faster",
     )
     chunked_prefill_size: int | None = _flag(
         None, "most tokens of one prefill forward (default: 8192 on cuda, 512 on cpu)", minimum=1
@@ -201,19 +229,34 @@ class ServerArgs:
 
     def _check_together(self) -> None:
         """Flags that contradict each other, or would be ignored in silence."""
-        if self.device == "cpu" and self.attention_backend == "torch_flash":
+        attention = f"--attention-backend {self.attention_backend}"
+        on_gpu = self.attention_backend in ("torch_flash", "flashinfer")
+        if self.device == "cpu" and on_gpu:
+            raise ValueError(f"{attention} needs a GPU; with --device cpu use torch_native")
+        if self.dtype == "float32" and on_gpu:
             raise ValueError(
-                "--attention-backend torch_flash needs a GPU; with --device cpu use torch_native"
-            )
-        if self.dtype == "float32" and self.attention_backend == "torch_flash":
-            raise ValueError(
-                "--attention-backend torch_flash computes in half precision; use --dtype bfloat16, "
-                "or torch_native for float32"
+                f"{attention} computes in half precision; use --dtype bfloat16, or torch_native "
+                "for float32"
             )
         if self.tp_size > 1 and self.verify_prefill_graph:
             raise ValueError(
                 "--verify-prefill-graph runs forwards on one rank alone, which --tp-size "
                 f"{self.tp_size} does not allow; leave one out"
+            )
+        if self.dp_size > 1 and self.dp_size != self.tp_size:
+            raise ValueError(
+                f"--dp-size {self.dp_size} must be --tp-size, which is {self.tp_size}: each rank "
+                "then holds requests of its own. For whole copies of a model start a server each"
+            )
+        if self.dp_size > 1 and self.moe_scatter:
+            raise ValueError(
+                "--moe-scatter divides rows that all ranks have, and with --dp-size each rank has "
+                "its own; leave one out"
+            )
+        if self.dp_size > 1 and self.linear_attention_capture:
+            raise ValueError(
+                "--linear-attention-capture chooses graphs by the requests of a batch, and with "
+                "--dp-size each rank has a batch of its own; leave one out"
             )
         if self.pooling != "auto" and not self.is_embedding:
             raise ValueError(
@@ -242,10 +285,20 @@ class ServerArgs:
 
     def _check_graphs(self) -> None:
         prefill, decode = self.cuda_graph_backend_prefill, self.cuda_graph_backend_decode
-        if self.enable_breakable_cuda_graph and prefill == "disabled":
+        if self.enable_breakable_cuda_graph and prefill in ("disabled", "full"):
             raise ValueError(
-                "--enable-breakable-cuda-graph and --cuda-graph-backend-prefill disabled "
+                f"--enable-breakable-cuda-graph and --cuda-graph-backend-prefill {prefill} "
                 "contradict each other; leave one out"
+            )
+        if self.dp_size > 1 and prefill in ("full", "auto"):
+            raise ValueError(
+                f"--cuda-graph-backend-prefill {prefill} decides by each batch's requests, and "
+                "with --dp-size ranks have batches of their own; use breakable"
+            )
+        if self.cuda_graph_memory_budget is not None and not self.cuda_graph_memory_budget > 0:
+            raise ValueError(
+                "--cuda-graph-memory-budget must be more than 0 gigabytes; with "
+                "--cuda-graph-backend-prefill disabled there are no prefill graphs"
             )
         if self.disable_cuda_graph and decode not in (None, "disabled"):
             raise ValueError(
@@ -280,6 +333,11 @@ class ServerArgs:
             )
         return prefill, decode
 
+    @property
+    def graph_slots(self) -> int:
+        """Requests that a full prefill graph has room for."""
+        return min(self.prefill_graph_requests, self.max_running_requests)
+
     def resolved(self) -> ServerArgs:
         """These arguments with what this machine decides filled in: device, graphs and buckets.
 
@@ -310,6 +368,21 @@ class ServerArgs:
             )
         if self.moe_scatter and self.tp_size == 1:
             logger.warning("--moe-scatter does nothing without --tp-size of 2 or more")
+        requests = self.prefill_graph_requests
+        if requests != DEFAULT_SLOTS and prefill not in ("full", "auto"):
+            logger.warning(
+                "--prefill-graph-requests does nothing without --cuda-graph-backend-prefill full "
+                "or auto"
+            )
+        if self.linear_attention_capture and prefill == "full":
+            logger.warning(
+                "--linear-attention-capture does nothing with --cuda-graph-backend-prefill full, "
+                "whose graphs hold such layers anyway"
+            )
+        if self.cuda_graph_memory_budget is not None and prefill == "disabled":
+            logger.warning(
+                "--cuda-graph-memory-budget does nothing without --enable-breakable-cuda-graph"
+            )
         if self.verify_prefill_graph and prefill == "disabled":
             logger.warning(
                 "--verify-prefill-graph does nothing without --enable-breakable-cuda-graph"
@@ -333,7 +406,7 @@ class ServerArgs:
         return replace(
             self,
             device=device,
-            enable_breakable_cuda_graph=prefill == "breakable",
+            enable_breakable_cuda_graph=prefill in ("breakable", "auto"),
             cuda_graph_backend_prefill=prefill,
             cuda_graph_backend_decode=decode,
             cuda_graph_bs=None if self.disable_cuda_graph else self.cuda_graph_bs or sizes,

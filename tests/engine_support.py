@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from models_support import make_reference, save_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from breakgraph.engine.request import Request
 from breakgraph.engine.sampling import sample
 from breakgraph.forward import ForwardBatch
-from breakgraph.memory import MambaPool, RequestTable, SlotAllocator
+from breakgraph.memory import MambaPool, RankMemory, RequestTable, SlotAllocator
 from breakgraph.runner.buckets import Dispatch, DispatchReason
-from breakgraph.runner.model_runner import ForwardResult
+from breakgraph.runner.forward_result import ForwardResult
 
 CONTEXT, VOCAB, END = 96, 300, 256
 
 
-def save_byte_model(folder: Path) -> Qwen3ForCausalLM:
+def save_byte_model(
+    folder: Path, architecture: str = "Qwen3ForCausalLM", **config: Any
+) -> PreTrainedModel:
     """Save a checkpoint in which token ``i`` below 256 is a byte and 256 the end."""
     model = make_reference(
-        "Qwen3ForCausalLM",
+        architecture,
         vocab_size=VOCAB,
         max_position_embeddings=CONTEXT,
         head_dim=8,
         bos_token_id=None,
         eos_token_id=END,
         pad_token_id=END,
+        **config,
     )
     save_checkpoint(model, folder)
     byte_tokenizer().save_pretrained(folder)
@@ -68,6 +72,7 @@ class HistoryRunner:
         self.mamba_pool: MambaPool | None = None
         self.slots = SlotAllocator(num_tokens, page_size)
         self.requests = RequestTable(max_running_requests, context, self.slots)
+        self.rank_memory, self.ranked = [RankMemory(self.requests)], None
         self.stored = np.full(num_tokens + page_size, -1)
         self.batches: list[ForwardBatch] = []
         self.fail: BaseException | None = None

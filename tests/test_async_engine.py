@@ -93,7 +93,7 @@ def test_streams_give_what_the_offline_engine_gives(folder: Path, engine: AsyncE
 
 def test_a_slow_reader_finds_one_merged_output(engine: AsyncEngine):
     stream = engine.submit(PROMPTS[2], LONG)
-    wait_until(lambda: engine.snapshot().requests == 1)
+    wait_until(lambda: stream._ended)  # counted it is a moment before
     outputs = run(collect(stream))
     assert len(outputs) == 1
     assert len(outputs[0].token_ids) == CONTEXT - 17 == outputs[0].completion_tokens

@@ -38,8 +38,12 @@ def test_questions_are_graded_and_compared_with_eager(
     ]
     model = ["--model-path", str(EXAMPLE / checkpoint), *SMALL]
     code = main(["run", *model, *GRAPHS, *questions, "--compare-eager"])
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert code == 0, out
+    assert re.search(r"^ready in .* s \(imports .*, weights .*, capture \d+\.\d\)$", err, re.M)
+    assert re.search(
+        r"^first token +\d+\.\d ms after the prompts, .* s after the start$", out, re.M
+    )
     assert re.search(r"^accuracy: [34]/4 \((100|75)\.0 %\)$", out, re.M)
     assert "Question: A book has 188 pages." in out and "\n  right\n" in out
     assert re.search(r"^prefills replayed: 1 of 1$", out, re.M)

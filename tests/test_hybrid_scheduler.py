@@ -19,7 +19,7 @@ from breakgraph.engine.scheduler import Scheduler
 from breakgraph.engine.stopping import StopRule
 from breakgraph.forward import ForwardBatch, ForwardMode
 from breakgraph.memory import MambaPool
-from breakgraph.runner.model_runner import ForwardResult
+from breakgraph.runner.forward_result import ForwardResult
 
 END = 0
 

@@ -40,8 +40,8 @@ def test_every_module_imports_without_triton_and_cuda_python() -> None:
 import importlib, pkgutil, sys
 sys.modules["triton"] = sys.modules["cuda"] = None  # an import of either now fails
 import breakgraph
-# The extras serve and eval.
-optional = {"fastapi", "lm_eval", "prometheus_client", "pydantic", "starlette", "uvicorn"}
+# The extras serve, eval and ray.
+optional = {"fastapi", "lm_eval", "prometheus_client", "pydantic", "ray", "starlette", "uvicorn"}
 for module in pkgutil.walk_packages(breakgraph.__path__, "breakgraph."):
     if module.name.endswith("__main__"):
         continue
@@ -67,9 +67,9 @@ def test_every_requirement_is_pinned() -> None:
     tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert set(extras) == {"cuda", "linear", "serve", "eval", "dev"}
+    assert set(extras) == {"cuda", "flashinfer", "linear", "serve", "ray", "eval", "dev"}
     needed = {name_of(r) for r in project["dependencies"]}
-    needed |= {name_of(r) for extra in ("serve", "eval", "dev") for r in extras[extra]}
+    needed |= {name_of(r) for extra in ("serve", "eval", "ray", "dev") for r in extras[extra]}
     common = {name_of(line) for line in PINS["common"]}
     assert needed - common == {"torch"}
     assert {name_of(line) for line in PINS["cpu"]} == {"setuptools", "torch"}
@@ -84,3 +84,24 @@ def test_pins_are_exact_and_name_no_index() -> None:
         bad = [line for line in lines if not re.match(r"^[\w.-]+==[\w.]+(; [\w.<>=\" ]+)?$", line)]
         assert not bad, (name, bad)
     assert "torch==2.13.0" in PINS["cpu"]
+
+
+def test_a_start_loads_no_compiler(tmp_path: Path) -> None:
+    """Each of these takes 0.3 s or more, for nothing: no model here is traced or compiled."""
+    shape = ROOT / "benchmarks" / "shapes" / "tiny-qwen3.json"
+    (tmp_path / "config.json").write_text(shape.read_text())
+    run_python(
+        f"""
+import sys
+from breakgraph import Engine
+engine = Engine(
+    model_path={str(tmp_path)!r}, load_format="dummy", skip_tokenizer_init=True, device="cpu",
+    enable_breakable_cuda_graph=True, piecewise_cuda_graph_tokens=(16,),
+)
+assert engine.generate([[1, 2, 3]], 1)[0].bucket == 16
+heavy = {{"sympy", "torch._dynamo", "torch._inductor", "torch.utils.tensorboard", "triton"}}
+heavy |= {{"transformers.modeling_utils", "transformers.tokenization_utils_base"}}
+heavy |= {{"fastapi", "lm_eval", "datasets", "pandas", "scipy", "sklearn", "torchvision"}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    )

@@ -12,7 +12,10 @@ import torch
 from models_support import edit_config, make_reference, random_prompts, run_prompts, save_checkpoint
 from safetensors.torch import load_file, save_file
 
-from breakgraph.models import CausalLM, ModelLoadError, load_model
+from breakgraph.models import CausalLM, ModelLoadError, load_model, reading
+from breakgraph.models.reading import Upload
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +198,50 @@ def test_damaged_folder(folder: Path, damage: Callable[[Path], object], message:
     with pytest.raises(ModelLoadError, match=message) as error:
         load_model(folder)
     assert str(folder) in str(error.value)
+
+
+# Through buffers, as to a GPU.
+
+
+@pytest.mark.parametrize("buffer_bytes", [64, 256, 1 << 20])
+def test_buffers_pass_on_every_element(buffer_bytes: int) -> None:
+    """Whole, cast, in slices, of strides of its own, and of rows longer than a buffer."""
+    upload = Upload(torch.device("cpu"), buffer_bytes)
+    for shape in ((), (1,), (33,), (7, 5), (3, 4, 5), (2, 100), (0, 4)):
+        for dtype in (torch.float32, torch.bfloat16):
+            source = torch.randn(shape)
+            target = torch.full(shape, float("nan"), dtype=dtype)
+            upload.copy(target, source)
+            assert torch.equal(target, source.to(dtype)), (shape, dtype)
+    wide = torch.randn(6, 20)
+    target = torch.empty(6, 8)
+    upload.copy(target, wide[:, 4:12])
+    assert torch.equal(target, wide[:, 4:12])
+    part = torch.empty(6, 20)
+    upload.copy(part[:, 4:12], wide[:, 4:12])
+    assert torch.equal(part[:, 4:12], wide[:, 4:12])
+
+
+def test_threads_read_what_one_thread_reads(saved: Path, tmp_path: Path, monkeypatch) -> None:
+    reference = make_reference("Qwen3ForCausalLM", head_dim=8)
+    save_checkpoint(reference, tmp_path, max_shard_size="8KB")
+    by_threads = reading.read_in_threads
+    monkeypatch.setattr(reading, "read_one_by_one", lambda jobs: by_threads(jobs, CPU))
+    assert_same(load_model(tmp_path), load_model(saved))
+
+
+def test_what_a_thread_cannot_read_is_said(folder: Path, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise reading.UnreadableFileError("gone while it was read")
+
+    by_threads = reading.read_in_threads
+    monkeypatch.setattr(reading, "read_one_by_one", lambda jobs: by_threads(jobs, CPU))
+    monkeypatch.setattr(reading, "_pieces", fail)
+    with pytest.raises(ModelLoadError, match="gone while it was read"):
+        load_model(folder)
+
+
+@pytest.mark.gpu
+def test_a_gpu_holds_the_checkpoint(saved: Path) -> None:
+    on_gpu = load_model(saved, device="cuda", dtype=torch.bfloat16).cpu()
+    assert_same(on_gpu, load_model(saved, dtype=torch.bfloat16))

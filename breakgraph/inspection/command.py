@@ -97,7 +97,7 @@ def prepare(args: ServerArgs, namespace: argparse.Namespace) -> tuple[ModelRunne
         ids = PromptEncoder(tokenizer, len(tokenizer)).encode(namespace.prompt)
     lengths = [len(prompt) for prompt in ids] if ids else namespace.lengths or [namespace.tokens]
     runner = ModelRunner(one_bucket(args, lengths))
-    if runner.graph_runner is None:
+    if not runner.prefill_graph_runners:
         missing = resolve_layer_stack(runner.model)[1] or "its capture failed, as the log says"
         raise ValueError(f"there is no graph to inspect: {missing}")
     if max(lengths) > runner.context_length:
@@ -127,7 +127,7 @@ def one_bucket(args: ServerArgs, lengths: Sequence[int]) -> ServerArgs:
         )
     on = replace(
         args,
-        enable_breakable_cuda_graph=True,
+        enable_breakable_cuda_graph=args.cuda_graph_backend_prefill != "full",
         disable_cuda_graph=True,
         cuda_graph_backend_decode=None,
         cuda_graph_bs=None,

@@ -21,10 +21,10 @@ _PATTERNS = (
     ("mixer", r"flash|fmha|attention|attend|softmax|sdpa|scan|conv|delta_rule|chunk|mamba"),
     (
         "matrix product",
-        r"gemm|gemv|mm\b|mm_|matmul|cutlass|cublas|nvjet|linear|splitk",
+        r"gemm|gemv|mm\b|mm_|matmul|cutlass|cublas|nvjet|linear|splitk|product|routed_(up|down)",
     ),
     ("norm", r"norm"),
-    ("copy", r"copy|clone|memcpy|memset|index|scatter|gather|store|fill|zero|cat\b"),
+    ("copy", r"copy|clone|memcpy|memset|index|scatter|gather|store|fill|zero|cat\b|sort"),
 )
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from breakgraph.layers import CheckpointSlot
+from breakgraph.models.reading import UnreadableFileError, opened_file, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -131,52 +130,20 @@ def match_tensors(
 
 
 def copy_tensors(
-    shard: Path, names: Mapping[str, str], slots: Mapping[str, CheckpointSlot]
+    places: Mapping[Path, Mapping[str, str]],
+    slots: Mapping[str, CheckpointSlot],
+    device: torch.device,
 ) -> None:
-    """Read tensors of a shard straight to their slots' device, cast and copy them in.
-
-    Of a tensor that is divided among ranks only this rank's part is read.
-    """
-    targets = [slot.target for slot in slots.values() if slot.target is not None]
-    if not names or not targets:
-        return
-    with _opened(shard, targets[0].device) as file:
-        for name, slot in names.items():
-            place = slots[slot]
-            if place.target is not None:
-                _copy_into(place, place.target, file, name)
-
-
-def _copy_into(slot: CheckpointSlot, target: torch.Tensor, file: Any, name: str) -> None:
-    if slot.columns is not None:
-        target.copy_(file.get_slice(name)[:, slot.columns])
-        return
-    if not slot.rows:
-        tensor = file.get_tensor(name)
-        target.copy_(tensor if slot.order is None else tensor[slot.order.to(tensor.device)])
-        return
-    whole = file.get_slice(name)
-    if slot.order is not None:
-        tensor = torch.cat([whole[rows] for rows in slot.rows])
-        target.copy_(tensor[slot.order.to(tensor.device)])
-        return
-    sizes = [rows.stop - rows.start for rows in slot.rows]
-    for part, rows in zip(target.split(sizes), slot.rows, strict=True):
-        if len(part):
-            part.copy_(whole[rows])
+    """``read_tensors``, raising ModelLoadError."""
+    try:
+        read_tensors(places, slots, device)
+    except UnreadableFileError as error:
+        raise ModelLoadError(str(error)) from error
 
 
 def _shapes(shard: Path) -> dict[str, tuple[int, ...]]:
-    with _opened(shard, torch.device("cpu")) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-
-@contextmanager
-def _opened(shard: Path, device: torch.device) -> Iterator[Any]:
     try:
-        with safe_open(shard, framework="pt", device=str(device)) as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ModelLoadError(
-            f"{shard} is not a whole safetensors file ({error}); download it again"
-        ) from error
+        with opened_file(shard) as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except UnreadableFileError as error:
+        raise ModelLoadError(str(error)) from error

@@ -1,14 +1,14 @@
 """From a local model folder to a model on its device.
 
-The model is built on the meta device and given memory once; each tensor is then read straight to
-the device and copied to its place, so the weights are never in memory twice.
+The model is built on the meta device and given memory once; each tensor then goes from its mapped
+file to its place, so the weights are never in memory twice.
 """
 
 from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -30,9 +30,6 @@ from breakgraph.models.transformers_impl.loading import (
     load_transformers_model,
     runs_transformers_class,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["ModelLoadError", "load_model"]
 
@@ -90,9 +87,7 @@ def load_model(
             renames=model.checkpoint_renames,
         )
         _allocate(model, dtype, device)
-        slots = checkpoint_slots(model)
-        for shard, names in places.items():
-            copy_tensors(shard, names, slots)
+        copy_tensors(places, checkpoint_slots(model), device)
     return model.eval()
 
 
@@ -150,7 +145,8 @@ def _allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Non
         kept = getattr(module, "float32_parameters", ())
         for name, parameter in list(module.named_parameters(recurse=False)):
             as_dtype = torch.float32 if name in kept else dtype
-            memory = torch.empty_like(parameter, dtype=as_dtype, device=device)
+            # By its shape: asked of a tensor on the meta device, torch imports sympy, for 0.4 s.
+            memory = torch.empty(parameter.shape, dtype=as_dtype, device=device)
             setattr(module, name, nn.Parameter(memory, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))

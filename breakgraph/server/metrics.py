@@ -111,6 +111,11 @@ class EngineCollector(Collector):
                 "reason",
                 now.dispatch_counts,
             ),
+            "prefill_modes": (
+                "Prefill forwards, by how they ran: eager, or from which kind of graphs.",
+                "mode",
+                now.prefill_modes,
+            ),
             "decode_forwards": (
                 "Decode forwards, by why they were replayed or not.",
                 "reason",

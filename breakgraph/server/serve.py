@@ -6,6 +6,7 @@ So a port in use is said at once, and nobody is let in before the first answer c
 from __future__ import annotations
 
 import gc
+import signal
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ from breakgraph import __version__
 from breakgraph.distributed.ranks import is_follower
 from breakgraph.engine.async_engine import AsyncEngine
 from breakgraph.engine.engine import Engine
+from breakgraph.engine.start_up import ready_text
 from breakgraph.server.app import create_app
 from breakgraph.server.connection import make_server
 from breakgraph.server_args import ServerArgs
@@ -29,9 +31,12 @@ def serve(args: ServerArgs) -> None:
         ValueError: a flag or the checkpoint is wrong.
     """
     if is_follower(args):
+        # torchrun passes signals on to every rank. Rank 0 drains, and then ends the others.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         Engine(args)  # runs rank 0's forwards, and exits when that stops
     sock = bound_socket(args.host, args.port)
-    began = time.perf_counter()
+    imported = time.perf_counter()
     engine = AsyncEngine(args)
     engine.start()
     if engine.runner.ranks.watch is not None:
@@ -43,7 +48,7 @@ def serve(args: ServerArgs) -> None:
         gate = create_app(engine)
         host, port = sock.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        summary = f"{summary_line(engine)}; ready in {time.perf_counter() - began:.1f} s"
+        summary = f"{summary_line(engine)}; {ready_text(engine.runner, imported)}"
 
         def ready() -> None:
             print(f"{summary}\n{address}", flush=True)
@@ -77,17 +82,17 @@ def bound_socket(host: str, port: int) -> socket.socket:
 def summary_line(engine: AsyncEngine) -> str:
     """What is served, in one line."""
     runner = engine.runner
-    graphs = runner.graph_runner
+    graphs = runner.prefill_graph_runners
     prefill = "prefill without graphs"
-    if graphs is not None:
-        ladder, linear = graphs.buckets, runner.linear_graph_runner
-        memory = graphs.memory_bytes + (0 if linear is None else linear.memory_bytes)
+    if graphs:
+        buckets = [bucket for each in graphs for bucket in each.buckets]
+        memory = sum(each.memory_bytes for each in graphs)
         prefill = (
-            f"{len(ladder)} prefill graphs of {ladder[0]} to {ladder[-1]} tokens in "
+            f"{len(buckets)} prefill graphs of {min(buckets)} to {max(buckets)} tokens in "
             f"{memory / 1e6:.0f} MB"
         )
     return (
         f"breakgraph {__version__}: {type(runner.model).__name__} in {runner.dtype} on "
         f"{runner.device}, context {runner.context_length}, KV cache of {runner.slots.num_tokens} "
-        f"tokens, {prefill}"
+        f"tokens{'' if runner.ranked is None else ' on each rank'}, {prefill}"
     ).replace("torch.", "")

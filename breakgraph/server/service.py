@@ -63,7 +63,7 @@ class Service:
 
     def status(self) -> dict[str, Any]:
         """What is served, how it is doing and what the last prefill was."""
-        runner, graphs = self.engine.runner, self.engine.runner.graph_runner
+        runner, graphs = self.engine.runner, self.engine.runner.prefill_graph_runners
         now = dataclasses.asdict(self.engine.snapshot())
         vectors = self.args.is_embedding or self.is_classifier
         return {
@@ -79,9 +79,9 @@ class Service:
                 "tokenizer": self.text.tokenizer is not None,
             },
             "graphs": {
-                "buckets": [] if graphs is None else list(graphs.buckets),
+                "buckets": sorted({bucket for each in graphs for bucket in each.buckets}),
                 "memory_bytes": now.pop("graph_memory_bytes"),
-                "capture_seconds": 0.0 if graphs is None else graphs.capture_seconds,
+                "capture_seconds": sum(each.capture_seconds for each in graphs),
             },
             "requests": {"running": now.pop("running"), "queued": now.pop("queued")},
             "kv_tokens": {

@@ -17,6 +17,7 @@ SURFACE = {
     "breakgraph_kv_used_tokens": (),
     "breakgraph_prefill_buckets_out_of_service": (),
     "breakgraph_prefill_forwards": ("reason",),
+    "breakgraph_prefill_modes": ("mode",),
     "breakgraph_prefill_padding_ratio": (),
     "breakgraph_prefill_replays": ("bucket",),
     "breakgraph_prefill_verifications": ("outcome",),

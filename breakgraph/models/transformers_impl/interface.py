@@ -78,7 +78,13 @@ def _deferred_mask(
 
 
 class Switches:
-    """The attributes of a model that are ours during a forward."""
+    """The attributes of a model that are ours during a forward.
+
+    Attributes:
+        experts: how the class's experts are computed; None where it has none.
+        other_experts: other ways, should that one fail.
+        forwards: what is called in the place of modules' own forwards.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         from transformers import PreTrainedConfig
@@ -93,6 +99,7 @@ class Switches:
         self.other_experts: list[str] = []
         if any(_has_experts(module) for module in model.modules()):
             self.experts, self.other_experts = "grouped_mm", ["batched_mm"]
+        self.forwards: dict[nn.Module, Callable[..., Any]] = {}
 
     def shortest_rope(self, length: int) -> int:
         """Tokens, of ``length``, up to which no rotary embedding would change."""
@@ -117,8 +124,12 @@ class Switches:
                     switch(config, "_experts_implementation_internal", self.experts)
             for rope in self._ropes:
                 switch(rope, "rope_type", "default")
+            for module, forward in self.forwards.items():
+                vars(module)["forward"] = forward
             yield
         finally:
+            for module in self.forwards:
+                vars(module).pop("forward", None)
             for owner, name, value in reversed(saved):
                 setattr(owner, name, value)
 

@@ -107,6 +107,11 @@ class TransformersModel(PrefillModel):
         self._parts = parts
 
     @property
+    def parts(self) -> Parts:
+        """The class, taken apart."""
+        return self._parts
+
+    @property
     def hidden_size(self) -> int:
         return self._parts.hidden_size
 
