@@ -4,13 +4,14 @@ The products are those of every weight of the layer stack and of the head, by to
 the order of the model's modules, in one CUDA graph: what a prefill of many tokens cannot be faster
 than. Few rows our own kernels may multiply faster, and experts at any count: torch's grouped
 product takes longer alone than a whole prefill, so a model with experts has no floor.
-Kernels are timed within a whole prefill by the profiler, each by its own duration, so that gaps
-between them count for nothing. The second floor is the products and the mixers' kernels.
+Kernels are timed within a whole prefill by the profiler, each from the end of the one ahead if that
+is later than its own begin: one that is launched early waits for the other. Gaps count for nothing.
+The second floor is the products and the mixers' kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -108,19 +109,26 @@ def kernel_classes(runner: ModelRunner, tokens: int, batch_size: int = 1) -> dic
         if cuda:
             torch.cuda.synchronize()
     found: dict[str, float] = {}
-    for event in profile.events():
-        us = _device_us(event, cuda)
-        if us > 0:
-            kind = kernel_class(event.name)
-            found[kind] = found.get(kind, 0.0) + us / 1e3
+    for name, us in (_kernels if cuda else _cpu_ops)(profile.events()):
+        kind = kernel_class(name)
+        found[kind] = found.get(kind, 0.0) + us / 1e3
     return {kind: found[kind] for kind in CATEGORIES if kind in found}
 
 
-def _device_us(event: Any, cuda: bool) -> float:
-    if not cuda:
-        return float(event.self_cpu_time_total) if event.name.startswith("aten::") else 0.0
-    on_device = event.device_type == torch.autograd.DeviceType.CUDA
-    return float(event.time_range.end - event.time_range.start) if on_device else 0.0
+def _cpu_ops(events: Iterable[Any]) -> Iterator[tuple[str, float]]:
+    for event in events:
+        if event.name.startswith("aten::") and event.self_cpu_time_total > 0:
+            yield event.name, float(event.self_cpu_time_total)
+
+
+def _kernels(events: Iterable[Any]) -> Iterator[tuple[str, float]]:
+    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    ended = 0.0
+    for event in sorted(on_device, key=lambda event: event.time_range.start):
+        begin, end = max(ended, event.time_range.start), event.time_range.end
+        if end > begin:
+            yield event.name, float(end - begin)
+        ended = max(ended, end)
 
 
 def kernel_class(name: str) -> str:

@@ -12,7 +12,7 @@ from benchmarks.plots import Line, bars, heat_map, lines
 
 Found = dict[str, Any]
 
-IDLE = "no kernel"
+REST = "rest"
 
 
 def write_report(folder: Path) -> None:
@@ -36,7 +36,8 @@ def write_report(folder: Path) -> None:
 LEGEND = """Milliseconds of whole prefills, host token ids in, last-token logits on the device,
 medians. *products*: all matrix products of the model in one CUDA graph. *with mixers*: those and
 the kernels of attention and recurrences, as timed within a prefill. *of the floor*: the best mode
-over that second floor.
+over that second floor. A bucket in brackets is what was replayed where a graph of so many tokens
+was found not to pay and dropped; a mode without a time had none left that serves.
 """
 
 
@@ -65,18 +66,26 @@ def _section(found: Found, folder: Path) -> list[str]:
 
 
 def modes_of(row: Found) -> list[str]:
-    """The modes that a row of ``bench_prefill`` has a time of.
-
-    Left out are those whose graph of so many tokens was found not to pay: what was timed is a
-    larger one, or none.
-    """
+    """The modes that a row of ``bench_prefill`` has a time of; not those that ran eagerly, because
+    their graphs were found not to pay."""
     named = [
         key.removesuffix("_ms")
         for key in row
         if key.endswith("_ms") and not key.endswith("_event_ms")
     ]
-    always = ("eager", "auto")
-    return [m for m in named if m in always or row[f"{m}_bucket"] == row["tokens"]]
+    return [mode for mode in named if mode in ("eager", "auto") or row[f"{mode}_bucket"]]
+
+
+def _padded(row: Found, mode: str) -> bool:
+    """Whether a larger bucket was replayed, because that of so many tokens did not pay."""
+    return mode != "auto" and row.get(f"{mode}_bucket", row["tokens"]) != row["tokens"]
+
+
+def _cell(row: Found, mode: str) -> str:
+    if mode not in modes_of(row):
+        return ""
+    bucket = f" ({row[f'{mode}_bucket']})" if _padded(row, mode) else ""
+    return _ms(row[f"{mode}_ms"]) + bucket
 
 
 def best_ms(row: Found) -> float:
@@ -100,7 +109,7 @@ def _rows_table(found: Found) -> str:
             [
                 str(row["tokens"]),
                 str(row["batch_size"]),
-                *(_ms(row[f"{mode}_ms"]) if mode in modes_of(row) else "" for mode in modes),
+                *(_cell(row, mode) for mode in modes),
                 f"{row['eager_ms'] / best_ms(row):.2f}×",
                 _ms(floor.get("products_ms")),
                 _ms(both),
@@ -148,7 +157,14 @@ def _captures_table(found: Found) -> str:
 def _latency(found: Found) -> str:
     rows = [row for row in found["rows"] if row["batch_size"] == 1]
     plotted = [
-        Line(mode, [(row["tokens"], row[f"{mode}_ms"]) for row in rows if mode in modes_of(row)])
+        Line(
+            mode,
+            [
+                (row["tokens"], row[f"{mode}_ms"])
+                for row in rows
+                if mode in modes_of(row) and not _padded(row, mode)
+            ],
+        )
         for mode in _every_mode(rows)
     ]
     for key, name in (
@@ -175,13 +191,16 @@ def _speedups(found: Found) -> str:
 
 
 def _kernels(found: Found) -> str:
-    """Kernels by class, and what is left of the prefill as it is timed without a profiler."""
+    """Kernels by class, and what is left of the prefill as it is timed without a profiler.
+
+    That is gaps, the host, and the lower clocks of prefills that follow each other.
+    """
     rows = {row["tokens"]: row for row in found["rows"] if row["batch_size"] == 1}
     given = {}
     for one in found["kernels"]:
         tokens, classes = one["tokens"], dict(one["classes_ms"])
         idle = best_ms(rows[tokens]) - sum(classes.values()) if tokens in rows else 0.0
-        given[str(tokens)] = classes | ({IDLE: idle} if idle > 0 else {})
+        given[str(tokens)] = classes | ({REST: idle} if idle > 0 else {})
     title = f"{found['shape']}, where one request's prefill goes"
     return bars(title, "tokens", "milliseconds above each bar", given)
 

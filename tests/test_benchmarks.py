@@ -9,6 +9,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,6 +80,16 @@ def test_products_are_those_of_every_weight() -> None:
         del runner
 
 
+def test_a_kernel_that_waits_for_the_one_ahead_counts_from_its_end() -> None:
+    def event(name: str, begin: float, end: float, device: str = "CUDA") -> SimpleNamespace:
+        span = SimpleNamespace(start=begin, end=end)
+        kind = getattr(torch.autograd.DeviceType, device)
+        return SimpleNamespace(name=name, time_range=span, device_type=kind)
+
+    events = [event("b", 4, 12), event("a", 0, 10), event("c", 15, 16), event("x", 0, 9, "CPU")]
+    assert list(floors._kernels(events)) == [("a", 10), ("b", 2), ("c", 1)]
+
+
 def test_experts_have_no_floor() -> None:
     with common.model_runner("tiny-qwen3-moe") as runner:
         assert not floors.has_floor(runner.model)
@@ -104,7 +115,7 @@ def test_report_takes_whatever_modes_a_row_has(tmp_path: Path) -> None:
     row = {"tokens": 16, "batch_size": 1, "eager_ms": 8.0, "eager_event_ms": 7.9}
     row |= {"breakable_ms": 2.0, "breakable_bucket": 16, "full_ms": 1.0, "full_bucket": 16}
     row |= {"captured_ms": 4.0, "captured_bucket": 32, "auto_ms": 1.25}  # its graph of 16 is gone
-    assert report.modes_of(row) == ["eager", "breakable", "full", "auto"]
+    assert report.modes_of(row) == ["eager", "breakable", "full", "captured", "auto"]
     assert report.best_ms(row) == 1.0
     found = {"shape": "any", "machine": {"gpu": "none"}, "rows": [row], "left_out": []}
     found |= {"floors": [], "kernels": [], "peers": [], "captures": [], "ladders": []}
@@ -112,7 +123,7 @@ def test_report_takes_whatever_modes_a_row_has(tmp_path: Path) -> None:
     (tmp_path / "any.json").write_text(json.dumps(found))
     report.write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "| 16 | 1 | 8.000 | 2.000 | 1.000 | 1.250 | 8.00× |  |  |  |" in text
+    assert "| 16 | 1 | 8.000 | 2.000 | 1.000 | 4.000 (32) | 1.250 | 8.00× |  |  |  |" in text
     assert "Cut short by an error: RuntimeError" in text
 
 
