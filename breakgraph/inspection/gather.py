@@ -110,6 +110,10 @@ def inspect_forward(runner: ModelRunner, batch: ForwardBatch, repeats: int = 10)
     if graph is None:
         raise ValueError(f"there is no graph to inspect: {runner.explain(batch)}")
     graphs, bucket = _found(runner, graph)
+    forward_us = (  # before the profiler: it can slow launches for as long as the process lives
+        _time(runner, lambda: runner.forward(batch), repeats),
+        _time(runner, lambda: runner.forward(batch, allow_graph=False), repeats),
+    )
     graphs.replay_prepare(batch, bucket)
     with forward_context(batch, graphs.attn_backend):
         replay = trace_graph(graph, repeats)
@@ -127,10 +131,7 @@ def inspect_forward(runner: ModelRunner, batch: ForwardBatch, repeats: int = 10)
         eager=_trace_eager(runner, graphs, batch, names, repeats),
         capture_bytes=graphs.memory_bytes,
         capture_seconds=graphs.capture_seconds,
-        forward_us=(
-            _time(runner, lambda: runner.forward(batch), repeats),
-            _time(runner, lambda: runner.forward(batch, allow_graph=False), repeats),
-        ),
+        forward_us=forward_us,
         repeats=repeats,
         recurrent_breaks=tuple(sorted(name for name in names if name.startswith("RadixLinear"))),
     )
