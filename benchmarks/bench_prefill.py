@@ -12,9 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
-from benchmarks.common import machine, median, model_runner, shape_names, timed, write_json
+from benchmarks.common import (
+    machine,
+    median,
+    model_runner,
+    prefill_request,
+    shape_names,
+    timed,
+    write_json,
+)
 from breakgraph.forward import ForwardBatch
 from breakgraph.runner import ModelRunner
 
@@ -24,18 +30,14 @@ TOKENS = (16, 32, 64, 100, 128, 256, 300, 512, 769, 1024, 1025, 2048, 3000, 4096
 
 def measure(runner: ModelRunner, num_tokens: int, batch_size: int, repeats: int) -> dict[str, Any]:
     """One row: medians in milliseconds of ``repeats`` prefills a mode."""
-    random = np.random.default_rng(num_tokens)
-    lengths = [len(part) for part in np.array_split(np.arange(num_tokens), batch_size)]
-    ids = [random.integers(0, runner.vocab_size, length).tolist() for length in lengths]
-    ends = np.cumsum(lengths)
-    slots = [np.arange(end - n + 1, end + 1) for end, n in zip(ends, lengths, strict=True)]
+    request = prefill_request(runner.vocab_size, num_tokens, batch_size)
 
     def prefill(mode: str) -> Any:
-        batch = ForwardBatch.from_requests(ids, slots)
+        batch = ForwardBatch.from_requests(*request)
         with served_by(runner, mode):
             return runner.forward(batch, allow_graph=mode != "eager")
 
-    modes = modes_for(runner, ForwardBatch.from_requests(ids, slots))
+    modes = modes_for(runner, ForwardBatch.from_requests(*request))
     times: dict[str, list[tuple[float, float]]] = {mode: [] for mode in modes}
     for repeat in range(repeats + 3):
         for mode in modes:

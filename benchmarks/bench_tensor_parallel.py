@@ -24,10 +24,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.common import SHAPES, machine, median, timed, write_json
+from benchmarks.common import (
+    SHAPES,
+    machine,
+    median,
+    prefill_request,
+    shape_names,
+    timed,
+    write_json,
+)
 from breakgraph.distributed import TensorParallelGroup
 from breakgraph.distributed.lockstep import INLINE, follow
 from breakgraph.distributed.ranks import Ranks, end_all, environ_has_torchrun, start_ranks
@@ -111,14 +118,10 @@ def model(ranks: Ranks, folder: str, args: argparse.Namespace, scatter: bool) ->
 def measure(runner: ModelRunner, num_tokens: int, batch_size: int, repeats: int) -> dict[str, Any]:
     """One row: medians in milliseconds, of wall clock and of CUDA events, and how far the logits
     of both ways are apart, as a share of their norm."""
-    random = np.random.default_rng(num_tokens)
-    lengths = [len(part) for part in np.array_split(np.arange(num_tokens), batch_size)]
-    ids = [random.integers(0, runner.vocab_size, length).tolist() for length in lengths]
-    ends = np.cumsum(lengths)
-    slots = [np.arange(end - n + 1, end + 1) for end, n in zip(ends, lengths, strict=True)]
+    request = prefill_request(runner.vocab_size, num_tokens, batch_size)
 
     def prefill(graph: bool) -> torch.Tensor:
-        result = runner.forward(ForwardBatch.from_requests(ids, slots), allow_graph=graph)
+        result = runner.forward(ForwardBatch.from_requests(*request), allow_graph=graph)
         if graph and result.dispatch.bucket != num_tokens:
             raise RuntimeError(f"not replayed: {result.dispatch.describe()}")
         assert result.next_token_logits is not None
@@ -216,8 +219,7 @@ def config_of(shape: str) -> Path:
     named = SHAPES / f"{shape}.json"
     path = named if named.exists() else Path(shape) / "config.json"
     if not path.exists():
-        names = ", ".join(sorted(one.stem for one in SHAPES.glob("*.json")))
-        raise SystemExit(f"--shape {shape} is no model folder and none of {names}")
+        raise SystemExit(f"--shape {shape} is no model folder and none of {shape_names()}")
     return path
 
 

@@ -19,9 +19,17 @@ import torch
 import torch.nn.functional as F
 
 import breakgraph
-from benchmarks.common import machine, median, model_runner, shape_names, timed, write_json
-from benchmarks.floors import prefill_batch
+from benchmarks.common import (
+    machine,
+    median,
+    model_runner,
+    prefill_request,
+    shape_names,
+    timed,
+    write_json,
+)
 from benchmarks.peers import class_of_transformers, prefill_call
+from breakgraph.forward import ForwardBatch
 from breakgraph.models.transformers_impl import wrap_model
 from breakgraph.runner import ModelRunner
 
@@ -74,10 +82,11 @@ def decoder_rows(
 
 
 def _replayed(runner: ModelRunner, tokens: int) -> Call:
-    ids = prefill_batch(runner.vocab_size, tokens, 1)
-    if runner.dispatch(ids).bucket != tokens:
-        raise SystemExit(f"{tokens} tokens would not be replayed: {runner.explain(ids)}")
-    return lambda: runner.forward(prefill_batch(runner.vocab_size, tokens, 1))
+    request = prefill_request(runner.vocab_size, tokens, 1)
+    dispatch = runner.dispatch(ForwardBatch.from_requests(*request))
+    if dispatch.bucket != tokens:
+        raise SystemExit(f"{tokens} tokens would not be replayed: {dispatch.describe()}")
+    return lambda: runner.forward(ForwardBatch.from_requests(*request))
 
 
 def turns(model: Any, eager: Call, calls: dict[str, Call], repeats: int) -> dict[str, float]:

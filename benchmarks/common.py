@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.shapes import SHAPES, model_folder, shape_names
@@ -46,6 +47,16 @@ def model_runner(
         del runner
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def prefill_request(
+    vocab_size: int, tokens: int, batch_size: int
+) -> tuple[list[list[int]], list[np.ndarray]]:
+    """``tokens`` random ids in ``batch_size`` requests of about the same length, and their slots:
+    what ``ForwardBatch.from_requests`` takes."""
+    random = np.random.default_rng(tokens)
+    parts = np.array_split(np.arange(1, tokens + 1), batch_size)
+    return [random.integers(0, vocab_size, len(part)).tolist() for part in parts], parts
 
 
 def timed(call: Callable[[], object]) -> tuple[float, float]:

@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.common import median, timed
+from benchmarks.common import median, prefill_request, timed
 from breakgraph.forward import ForwardBatch
 from breakgraph.inspection.figures import CATEGORIES, category
 from breakgraph.layers import Embedding
@@ -41,14 +40,6 @@ _CLASSES = {
 def has_floor(model: PrefillModel) -> bool:
     """Whether the products by torch's library are what bounds a prefill."""
     return not any(isinstance(module, Experts) for module in model.modules())
-
-
-def prefill_batch(vocab_size: int, tokens: int, batch_size: int) -> ForwardBatch:
-    """``tokens`` random tokens in ``batch_size`` requests of about the same length."""
-    random = np.random.default_rng(tokens)
-    parts = np.array_split(np.arange(1, tokens + 1), batch_size)
-    ids = [random.integers(0, vocab_size, len(part)).tolist() for part in parts]
-    return ForwardBatch.from_requests(ids, parts)
 
 
 def matrix_products(model: PrefillModel, tokens: int, last_rows: int) -> list[Product]:
@@ -98,7 +89,7 @@ def products_ms(model: PrefillModel, tokens: int, last_rows: int = 1, repeats: i
 
 def kernel_classes(runner: ModelRunner, tokens: int, batch_size: int = 1) -> dict[str, float]:
     """Milliseconds of a prefill's kernels by class, as it is dispatched; ops on a CPU."""
-    batch = prefill_batch(runner.vocab_size, tokens, batch_size)
+    batch = ForwardBatch.from_requests(*prefill_request(runner.vocab_size, tokens, batch_size))
     runner.forward(batch)
     cuda = torch.cuda.is_available()
     activity = torch.profiler.ProfilerActivity

@@ -183,18 +183,18 @@ def test_goals_are_judged_beside_the_figures() -> None:
     assert "goal within 1.25× of native: met" in bench_wrapped._decoder_line(row)
 
 
-def test_phases_add_up_and_count_once() -> None:
+def test_phases_add_up_and_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(bench_startup, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     phases = bench_startup.Phases()
-    began = time.perf_counter()
     with phases.phase("outer"):
-        time.sleep(0.02)
+        now[0] += 2
         with phases.phase("inner"):
-            time.sleep(0.03)
+            now[0] += 3
         with phases.phase("inner"):
-            time.sleep(0.01)
-    whole = time.perf_counter() - began
-    assert sum(phases.seconds.values()) == pytest.approx(whole, abs=2e-3)
-    assert 0.02 <= phases.seconds["outer"] < 0.04 <= phases.seconds["inner"]
+            now[0] += 1
+        now[0] += 5
+    assert phases.seconds == {"outer": 7, "inner": 4}
 
 
 def test_a_start_is_broken_down() -> None:

@@ -26,7 +26,7 @@ def fresh_compiler() -> None:
 
 
 def wrapped(name: str = "LlamaForCausalLM") -> TransformersModel:
-    return wrap_model(support.make_wrappable(name))
+    return wrap_model(support.make_wrappable(name), fuse_parts=False)
 
 
 def engine_of(model: TransformersModel, **flags: Any) -> Engine:

@@ -8,12 +8,15 @@ one new token.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from breakgraph.attention import Attention
 from breakgraph.forward import get_forward_context
 from breakgraph.graph import eager_on_graph
+from breakgraph.kernels.rotary import qk_norm_rope_store
 from breakgraph.models.transformers_impl.plan import PlanCache
 from breakgraph.models.transformers_impl.reach import Reach
 
@@ -77,6 +80,33 @@ class WrappedAttention(Attention):
         """As ``Attention``, of any width; returns ``[rows, num_heads, value_dim]``."""
         q, k, v = (self._widened(tensor.to(v.dtype)) for tensor in (q, k, v))
         return super().forward(q, k, v, out_cache_loc)[..., : self.value_dim]
+
+    def rotate_and_attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out_cache_loc: torch.Tensor,
+        **how: Any,
+    ) -> torch.Tensor:
+        """Normalise and rotate heads as wide as the pool's, store, attend.
+
+        Args:
+            q, k, v: ``[rows, heads, head_dim]``, any strides with a dense last dimension.
+            out_cache_loc: int64 ``[rows]``, the slot of each row.
+            **how: the angles and norms, as for ``qk_norm_rope_store``.
+
+        Returns:
+            ``[rows, num_heads, head_dim]``.
+        """
+        q, k = qk_norm_rope_store(
+            *(q, k, v),
+            out_cache_loc=out_cache_loc,
+            k_cache=self.k_cache,
+            v_cache=self.v_cache,
+            **how,
+        )
+        return self.attend(q, k, v)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         backend = get_forward_context().attn_backend

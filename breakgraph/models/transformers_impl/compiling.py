@@ -10,15 +10,14 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
 
-from breakgraph.models.transformers_impl.record import record_calls
+from breakgraph.models.transformers_impl.token_wise import Part, token_wise_parts
 
 if TYPE_CHECKING:
     from breakgraph.models.transformers_impl.model import Parts, TransformersModel
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Backend: TypeAlias = str | Callable[..., Any]
-
-PROBE_ROWS = 23
-"""Rows to find token-wise parts with: prime, so that no other dimension is taken for them."""
 
 WARM_ROWS = (1021, 1)
 """Sizes to compile for: one for all from 2 on, by which kernels are tuned, and 1, which torch
@@ -79,25 +75,11 @@ def _run(inputs: Sequence[torch.Tensor], key: int) -> torch.Tensor:
 _library.impl("compiled", _run, "CompositeExplicitAutograd")
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A token-wise module, and the shapes and types of its inputs ``[1, rows, ...]``."""
-
-    module: nn.Module
-    inputs: tuple[tuple[torch.Size, torch.dtype], ...]
-
-    def draw(self, rows: int, device: torch.device) -> list[torch.Tensor]:
-        return [
-            torch.randn(1, rows, *shape[2:], dtype=dtype, device=device)
-            for shape, dtype in self.inputs
-        ]
-
-
 def compile_token_wise(model: TransformersModel, backend: Backend = "inductor") -> int:
     """Compile what maps rows to rows, module by module, and use it in every later forward.
 
     Modules of one class and shape share their code. A module that the compiler refuses, or whose
-    compiled code gives other results, stays as it is.
+    compiled code gives other results, stays as it is, and so does what fused kernels compute.
 
     Args:
         model: wrapped.
@@ -132,7 +114,7 @@ def compile_token_wise(model: TransformersModel, backend: Backend = "inductor") 
     return len(calls)
 
 
-def _check(call: CompiledCall, part: _Part, device: torch.device) -> None:
+def _check(call: CompiledCall, part: Part, device: torch.device) -> None:
     """Compile; raises ValueError where that gives something else than the class."""
     for rows in WARM_ROWS:
         inputs = part.draw(rows, device)
@@ -143,76 +125,20 @@ def _check(call: CompiledCall, part: _Part, device: torch.device) -> None:
             raise ValueError(f"compiled, it is off by {error:.2g} of its result")
 
 
-def _token_wise(parts: Parts) -> list[_Part]:
-    """The outermost modules that were called with tensors of rows alone and gave one such tensor.
-
-    Seen in one forward over ``PROBE_ROWS`` rows. A module with attention or experts in it is none,
-    nor one of torch's own, which are a kernel each, nor one that changes its inputs.
-    """
-    seen: dict[nn.Module, _Part] = {}
-    excluded = _excluded(parts)
-    hooks = []
-
-    def watch(module: nn.Module) -> None:
-        versions: list[int] = []
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            versions[:] = [tensor._version for tensor in args if isinstance(tensor, torch.Tensor)]
-
-        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if kwargs or not args or not all(map(_is_rows, (*args, output))):
-                return
-            storages = {tensor.untyped_storage()._cdata for tensor in args}
-            same = output.untyped_storage()._cdata in storages
-            if not same and versions == [tensor._version for tensor in args]:
-                seen[module] = _Part(module, tuple((t.shape, t.dtype) for t in args))
-
-        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(module.register_forward_hook(after, with_kwargs=True))
-
-    for module in parts.decoder.modules():
-        if module not in excluded and not type(module).__module__.startswith("torch.nn."):
-            watch(module)
-    try:
-        weight = parts.embedding.weight
-        embeds = torch.randn(
-            1, PROBE_ROWS, parts.hidden_size, dtype=weight.dtype, device=weight.device
-        )
-        positions = torch.arange(PROBE_ROWS, device=weight.device).unsqueeze(0)
-        arguments = {**parts.arguments, "position_ids": positions}
-        record_calls(parts.decoder, parts.switches, embeds, arguments)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return list(_outermost(parts.decoder, seen))
+def _token_wise(parts: Parts) -> list[Part]:
+    """The outermost token-wise modules without any in them that is computed otherwise already."""
+    seen = token_wise_parts(parts)
+    seen = {module: part for module, part in seen.items() if part.row_dim == 1}
+    return list(_outermost(parts.decoder, seen, parts.switches.forwards))
 
 
-def _excluded(parts: Parts) -> set[nn.Module]:
-    """Modules with attention in them, with a weight of three dimensions (experts, convolutions), or
-    whose forward somebody has replaced."""
-    stops = set(parts.modules)
-    for module in parts.decoder.modules():
-        if any(weight.dim() > 2 for weight in module.parameters(recurse=False)):
-            stops.add(module)
-    return {
-        module
-        for module in parts.decoder.modules()
-        if "forward" in vars(module) or any(inner in stops for inner in module.modules())
-    }
-
-
-def _is_rows(value: Any) -> bool:
-    return (
-        isinstance(value, torch.Tensor)
-        and value.dim() >= 3
-        and value.shape[:2] == (1, PROBE_ROWS)
-        and value.is_floating_point()
-    )
-
-
-def _outermost(module: nn.Module, seen: dict[nn.Module, _Part]) -> Iterator[_Part]:
-    if module in seen:
+def _outermost(
+    module: nn.Module, seen: Mapping[nn.Module, Part], replaced: Container[nn.Module]
+) -> Iterator[Part]:
+    if module in replaced:
+        return
+    if module in seen and not any(inner in replaced for inner in module.modules()):
         yield seen[module]
         return
     for child in module.children():
-        yield from _outermost(child, seen)
+        yield from _outermost(child, seen, replaced)

@@ -37,6 +37,11 @@ class _Local(threading.local):
 _local = _Local()
 
 
+def current_call() -> AttentionCall | None:
+    """Where this thread's attention calls go; None outside of our forwards."""
+    return _local.call
+
+
 class DeferredMask:
     """What stands for a mask at load: how it would be made."""
 
@@ -83,7 +88,8 @@ class Switches:
     Attributes:
         experts: how the class's experts are computed; None where it has none.
         other_experts: other ways, should that one fail.
-        forwards: what is called in the place of modules' own forwards.
+        forwards: what is called in the place of modules' own forwards; of modules whose forward
+            is their class's.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -159,6 +165,7 @@ class LayerCalls:
     ) -> None:
         self._modules, self._layers, self._slots = modules, layers, slots
         self._next = 0
+        self._angles: dict[tuple[int, bool], tuple[torch.Tensor, ...]] = {}
 
     def __call__(
         self,
@@ -170,6 +177,41 @@ class LayerCalls:
         scaling: float | None,
         more: dict[str, Any],
     ) -> torch.Tensor:
+        layer = self._take(module)
+        if attention_mask is not None:
+            raise RuntimeError(
+                f"{type(module).__name__} is given an attention mask that its class made itself; "
+                "only masks made by transformers' mask functions can be told from data"
+            )
+        packed = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+        return layer(*packed, self._slots).unsqueeze(0)
+
+    def rotated(
+        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any
+    ) -> torch.Tensor:
+        """The attention call of a module that has not rotated its heads, ``[rows, heads, dim]``.
+
+        Takes and returns what ``WrappedAttention.rotate_and_attend`` does.
+        """
+        return self._take(module).rotate_and_attend(q, k, v, self._slots, **how)
+
+    def angles(self, cos: torch.Tensor, sin: torch.Tensor, *, halved: bool) -> torch.Tensor:
+        """``[rows, 2, rotated / 2]`` of a class's cosines and sines, made once for all layers.
+
+        Args:
+            cos: ``[1, rows, rotated]``, its halves alike, or half of that if ``halved``.
+            sin: as ``cos``.
+            halved: whether they are given once.
+        """
+        key = (id(cos), halved)
+        if key not in self._angles:
+            half = cos.shape[2] if halved else cos.shape[2] // 2
+            both = torch.stack([cos[0, :, :half], sin[0, :, :half]], dim=1)
+            self._angles[key] = (both, cos, sin)  # held, or others might get their ids
+        return self._angles[key][0]
+
+    def _take(self, module: nn.Module) -> WrappedAttention:
+        """The layer whose turn it is. Raises RuntimeError where that is another module's."""
         index = self._next
         if index >= len(self._layers) or self._modules[index] is not module:
             raise RuntimeError(
@@ -177,13 +219,7 @@ class LayerCalls:
                 "model was loaded: its class chooses its layers anew in each forward"
             )
         self._next += 1
-        if attention_mask is not None:
-            raise RuntimeError(
-                f"{type(module).__name__} is given an attention mask that its class made itself; "
-                "only masks made by transformers' mask functions can be told from data"
-            )
-        packed = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-        return self._layers[index](*packed, self._slots).unsqueeze(0)
+        return self._layers[index]
 
     def check_complete(self) -> None:
         """Raise RuntimeError where the class made fewer calls than when it was loaded."""

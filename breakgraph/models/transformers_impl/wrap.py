@@ -18,6 +18,7 @@ from torch import nn
 from breakgraph.attention import TorchNativeBackend
 from breakgraph.forward import ForwardBatch, LayerInputs, forward_context
 from breakgraph.models.checkpoint import ModelLoadError
+from breakgraph.models.transformers_impl.fusing import fuse
 from breakgraph.models.transformers_impl.interface import Switches, register
 from breakgraph.models.transformers_impl.model import (
     Parts,
@@ -40,12 +41,13 @@ LARGEST_ERROR = {torch.float32: 1e-3, torch.float64: 1e-3}
 another expert, is allowed 0.3. A model that is run wrongly is about 1 off."""
 
 
-def wrap_model(model: Any) -> TransformersModel:
+def wrap_model(model: Any, *, fuse_parts: bool = True) -> TransformersModel:
     """A model that runners take, over the weights of ``model``, which is put in evaluation mode.
 
     Args:
         model: a loaded ``PreTrainedModel``: a causal language model, a multimodal model around
             one, a classifier of sequences, or a bare decoder.
+        fuse_parts: compute what can be by fused kernels.
 
     Raises:
         ModelLoadError: its class does what cannot be run on packed sequences from a KV cache;
@@ -71,6 +73,8 @@ def wrap_model(model: Any) -> TransformersModel:
         kind = TransformersClassifier
     elif model.get_output_embeddings() is not None and parts.causal:
         kind = TransformersCausalLM
+    if fuse_parts:
+        fuse(parts)
     wrapped = kind(parts)
     _compare_with_class(wrapped, parts)
     return wrapped.eval()
