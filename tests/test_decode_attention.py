@@ -130,7 +130,12 @@ def test_the_mirror_uploads_what_it_lacks_and_no_more(monkeypatch: pytest.Monkey
     mirror = SlotMirror(requests, 32, torch.device("cpu"))
     uploads: list[tuple[list[int], ...]] = []
     upload = mirror._upload
-    monkeypatch.setattr(mirror, "_upload", lambda *what: (uploads.append(what), upload(*what)))
+
+    def watched(*what: np.ndarray) -> None:
+        uploads.append(tuple(each.tolist() for each in what))
+        upload(*what)
+
+    monkeypatch.setattr(mirror, "_upload", watched)
 
     def sync(*rows: int) -> None:
         mirror.sync(np.array(rows), requests.lengths[list(rows)])

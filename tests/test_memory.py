@@ -79,6 +79,35 @@ class Table(RuleBasedStateMachine):
             for row, slot in zip(rows, self.table.extend_each(wanted).tolist(), strict=True):
                 self.held[row].append(slot)
 
+    @rule(counts=st.lists(st.integers(0, 9), min_size=5, max_size=5))
+    def extend_all(self, counts: list[int]) -> None:
+        """By one call what ``extend`` gives row after row, or nothing where that is too much."""
+        if not self.held:
+            return
+        rows, before = list(self.held), self.allocator.available_tokens
+        wanted = np.array(counts[: len(rows)])
+        grown = [len(self.held[row]) + count for row, count in zip(rows, counts, strict=False)]
+        pages = sum(
+            -(-new // self.page_size) - -(-len(self.held[row]) // self.page_size)
+            for row, new in zip(rows, grown, strict=True)
+        )
+        if max(grown) > CONTEXT or pages * self.page_size > before:
+            with pytest.raises((ValueError, OutOfSlotsError)):
+                self.table.extend_each(np.array(rows), wanted)
+            return
+        slots = self.table.extend_each(np.array(rows), wanted)
+        assert slots.dtype == np.int32
+        for row, part in zip(rows, np.split(slots, np.cumsum(wanted)[:-1]), strict=True):
+            self.held[row] += part.tolist()
+
+    @rule()
+    def release_all(self) -> None:
+        rows, self.held = list(self.held), {}
+        if rows:
+            with pytest.raises(ValueError, match="not held"):
+                self.table.release_each([*rows, self.max_rows], [(0, 0)] * (len(rows) + 1))
+            self.table.release_each(rows, [(0, 0)] * len(rows))
+
     @rule(row=consumes(rows))
     def release(self, row: int) -> None:
         if self.held.pop(row, None) is None:

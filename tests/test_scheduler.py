@@ -354,6 +354,20 @@ def test_a_failed_forward_ends_its_requests_and_no_others():
     assert second.new_ids == runner.expected(second)
 
 
+def test_a_request_whose_result_is_missing_ends_with_an_error_and_holds_nothing():
+    runner = HistoryRunner()  # it pools nothing
+    scheduler = Scheduler(runner)
+    wrong = request([1] * 6, want=Want.POOLED)
+    beside = request([2] * 6)
+    for one in (wrong, beside):
+        scheduler.add(one)
+    updates = scheduler.step()
+    assert {update.request for update in updates} == {wrong, beside}
+    for one in (wrong, beside):
+        assert one.finish_reason == "error" and "lacks an output" in str(one.error)
+    assert scheduler.idle_and_empty and scheduler.statistics.prompts == 2
+
+
 def test_an_error_in_one_request_fails_that_one_alone():
     class Broken:
         def decode(self, ids: list[int], skip_special_tokens: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -44,14 +44,13 @@ class Runner(Protocol):
     def forward(self, batch: ForwardBatch, *, allow_graph: bool = True) -> ForwardResult: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
-    """``count`` tokens of a request, from its token ``start`` on, and the slots they go to."""
+    """``count`` tokens of a request, from its token ``start`` on; its row has slots for them."""
 
     request: Request
     start: int
     count: int
-    slots: np.ndarray
 
     @property
     def end(self) -> int:
@@ -61,10 +60,6 @@ class Piece:
     def completes(self) -> bool:
         """Whether it reaches the last known token, so that its logits are of use."""
         return self.end == len(self.request.ids)
-
-
-Output: TypeAlias = tuple[int, TokenLogprob | None] | None
-"""A request's generated token; None where its result is kept in the request itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,41 +82,42 @@ class Work:
         return all(piece.request.allow_graph for piece in self.pieces)
 
 
-def take_result(pieces: Sequence[Piece], result: ForwardResult) -> list[tuple[Request, Output]]:
+def take_result(
+    pieces: Sequence[Piece], result: ForwardResult
+) -> list[tuple[Request, int, TokenLogprob | None]]:
     """Keep in the requests of ``pieces`` what is not a token, and choose the tokens.
 
     Returns:
-        Each request whose last known token the forward reached, with its output.
+        Each request that has a token generated, with it. All others whose last known token the
+        forward reached have their results in them.
     """
     _keep_prompt_logprobs(pieces, result.input_token_logprobs)
     done = [(row, piece.request) for row, piece in enumerate(pieces) if piece.completes]
-    outputs: list[tuple[Request, Output]] = []
-    for want in {request.want for _, request in done}:
+    chosen: list[tuple[Request, int, TokenLogprob | None]] = []
+    for want in {request.want for _, request in done} - {Want.NOTHING}:
         rows = [row for row, request in done if request.want is want]
         requests = [request for _, request in done if request.want is want]
-        if want is Want.NOTHING:
-            outputs += [(request, None) for request in requests]
-            continue
         values = result.pooled if want is Want.POOLED else result.next_token_logits
         if values is None:
             raise RuntimeError("the forward lacks an output it was asked for: a bug in the runner")
         if len(rows) < len(pieces):
             values = values[rows]
         if want is Want.TOKENS:
-            outputs += zip(requests, sample(values, requests), strict=True)
+            tokens = zip(requests, sample(values, requests), strict=True)
+            chosen += [(request, *token) for request, token in tokens]
         else:
             _keep_vectors(requests, values)
-            outputs += [(request, None) for request in requests]
-    return outputs
+    return chosen
 
 
 def make_batch(pieces: Sequence[Piece], table: RequestTable, mode: ForwardMode) -> ForwardBatch:
     """The forward of ``pieces``."""
     rows = [held(piece.request) for piece in pieces]
+    places = [(table.table[row], piece) for row, piece in zip(rows, pieces, strict=True)]
     return ForwardBatch.from_requests(
         [piece.request.ids[piece.start : piece.end] for piece in pieces],
-        [piece.slots for piece in pieces],
-        [table.slots(row)[: piece.start] for row, piece in zip(rows, pieces, strict=True)],
+        [slots[piece.start : piece.end] for slots, piece in places],
+        [slots[: piece.start] for slots, piece in places],
         logprob_targets=_targets(pieces),
         mode=mode,
         rows=np.array(rows, np.int64),
@@ -157,15 +153,15 @@ def _keep_prompt_logprobs(pieces: Sequence[Piece], values: torch.Tensor | None) 
 
 def _keep_vectors(requests: Sequence[Request], values: torch.Tensor) -> None:
     """Give each request its row of ``values``, or its labels' log-probabilities by that row."""
-    whole = [(row, request) for row, request in enumerate(requests) if not request.labels]
-    if whole:
-        vectors = values[[row for row, _ in whole]].float().cpu()
-        for (_, request), vector in zip(whole, vectors, strict=True):
-            request.vector = vector
     labelled = [(row, request) for row, request in enumerate(requests) if request.labels]
+    if len(labelled) < len(requests):
+        for request, vector in zip(requests, values.float().cpu().unbind(), strict=True):
+            request.vector = vector
     if labelled:
-        logprobs = [values[row].log_softmax(-1)[list(r.labels)] for row, r in labelled]
-        parts = torch.cat(logprobs).cpu().split([len(r.labels) for _, r in labelled])
+        places = [(row, label) for row, request in labelled for label in request.labels]
+        rows, labels = torch.tensor(places).to(values.device, non_blocking=True).unbind(1)
+        logprobs = values.log_softmax(-1)[rows, labels].cpu()
+        parts = logprobs.split([len(request.labels) for _, request in labelled])
         for (_, request), vector in zip(labelled, parts, strict=True):
             request.vector = vector
 

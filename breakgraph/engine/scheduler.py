@@ -13,7 +13,6 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -27,7 +26,7 @@ from breakgraph.engine.batching import (
     make_batch,
     take_result,
 )
-from breakgraph.engine.request import FinishReason, Request, TokenLogprob
+from breakgraph.engine.request import FinishReason, Request, TokenLogprob, Want
 from breakgraph.engine.statistics import LastPrefill, Statistics
 from breakgraph.forward import ForwardMode
 from breakgraph.memory import KVSpace, RankMemory
@@ -52,8 +51,7 @@ own ways part, so that the state there is kept. The cut costs a forward, which w
 takes as long as with one: it reads the same weights."""
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(NamedTuple):
     """News of a request: a generated token, its end, or both. The request tells the rest."""
 
     request: Request
@@ -159,7 +157,8 @@ class Scheduler:
         """End a request as it is, with all that it holds given back; nothing if it has ended."""
         if request.finish_reason is not None:
             return []
-        return [self._finish(request, reason)]
+        self._finish([(request, reason)])
+        return [Update(request)]
 
     def abort_all(self) -> list[Update]:
         """End every request."""
@@ -207,8 +206,11 @@ class Scheduler:
     def fail(self, pieces: Sequence[Piece], error: Exception) -> list[Update]:
         """End the requests of a forward that raised."""
         requests = [piece.request for piece in pieces]
-        ended = [Update(r) for r in requests if r.finish_reason is not None]
-        return ended + [self._fail(r, error) for r in requests if r.finish_reason is None]
+        failed = [request for request in requests if request.finish_reason is None]
+        for request in failed:
+            request.error = error
+        self._finish([(request, "error") for request in failed])
+        return [Update(request) for request in requests]
 
     def verify(self) -> None:
         """Run the last forward's eager check, if it is due: call it when its news are delivered.
@@ -243,15 +245,16 @@ class Scheduler:
             for request in chosen:
                 self.running[request.number] = self.running.pop(request.number)
         chosen.sort(key=lambda request: request.number)
-        slots = self.kv.extend_each(np.array([held(r) for r in chosen])) if chosen else None
-        if slots is not None:
-            return [Piece(r, r.computed, 1, slots[i : i + 1]) for i, r in enumerate(chosen)]
-        pieces = []
+        pieces = [Piece(request, request.computed, 1) for request in chosen]
+        if not pieces or self._extend(pieces):
+            return pieces
+        fitting = []
         # Oldest first: whom one retracts for its slot is younger, and has no piece yet.
-        for request in chosen:
-            if request.row is not None and self._make_room([request]):
-                pieces.append(self._piece(request, 1))
-        return pieces
+        for piece in pieces:
+            if piece.request.row is not None and self._make_room([piece.request]):
+                self._extend([piece])
+                fitting.append(piece)
+        return fitting
 
     def _plan_prefill(self) -> list[Piece]:
         """The prompt in chunks and waiting ones that fit; each has half of what both want.
@@ -274,6 +277,8 @@ class Scheduler:
             left = self._chunk - sum(piece.count for piece in pieces)
             if left:
                 pieces.append(self._piece(long, min(long.remaining, left)))
+        if pieces and not self._extend(pieces):
+            raise RuntimeError("a prefill was planned for which there are no slots: a bug")
         return pieces
 
     def _admit(self, budget: int, chunking: bool) -> list[Piece]:
@@ -287,11 +292,13 @@ class Scheduler:
             return []
         promised = sum(self._promised(request) for request in self.running.values())
         pieces: list[Piece] = []
+        begun: dict[tuple[int, ...], list[Piece]] = {}  # by their first tokens
         place = 0
         while budget > 0 and place < len(self.waiting) and self.kv.table.available_rows:
             request = self.waiting[place]
             is_long = len(request.ids) > self._chunk
-            if (is_long and chunking) or self._soon_cached(request, pieces):
+            head = self._head(request)
+            if (is_long and chunking) or self._soon_cached(request, begun.get(head, ())):
                 place += 1
                 continue
             request.row, cached = self.kv.acquire(request.reusable)
@@ -305,25 +312,32 @@ class Scheduler:
             self._begin(request, cached)
             piece = self._piece(request, min(remaining, budget))
             pieces.append(piece)
-            promised += self._promised(request)
+            if head:
+                begun.setdefault(head, []).append(piece)
+            promised += needed
             # A prompt that is cut has the rest of its tokens in the next forward.
             budget -= piece.count if is_long else remaining
             chunking |= is_long
         return pieces
 
+    def _head(self, request: Request) -> tuple[int, ...]:
+        """The tokens that prompts must have in common for one to wait for another's; () if none
+        waits."""
+        if self.kv.cache is None or not request.use_cache:
+            return ()
+        return tuple(request.ids[: max(WORTH_WAITING, self.kv.page_size)])
+
     def _soon_cached(self, request: Request, pieces: Sequence[Piece]) -> bool:
-        """Whether another prompt of this forward begins as ``request``, and worth waiting for.
+        """Whether one of ``pieces``, which begin as ``request``, is worth waiting for.
 
         A state is saved where a piece ends, so with states it must end where both are the same.
         """
         ids, limit, page = request.ids, len(request.reusable), self.kv.page_size
         least = max(WORTH_WAITING, page)
-        if not pieces or self.kv.cache is None or limit < least:
+        if limit < least:
             return False
         for piece in pieces:
             other, end = piece.request, piece.end
-            if not other.use_cache or other.ids[:least] != ids[:least]:
-                continue
             if self.kv.states is None:
                 soon = piece.completes and piece.start < least
             else:
@@ -364,7 +378,7 @@ class Scheduler:
 
     def _retract(self, request: Request) -> None:
         """Take back all that a running request holds, and queue it by its age."""
-        self._release(request)
+        self._release([(request, False)])
         request.computed = 0
         place = sum(1 for other in self.waiting if other.number < request.number)
         self.waiting.insert(place, request)
@@ -375,20 +389,22 @@ class Scheduler:
 
         That is where a prompt parts from another with the same beginning; it is passed once.
         """
-        row = held(request)
-        cut = self.kv.branch(row) - request.computed
-        if WORTH_CUTTING <= cut < count:
-            count = cut
-        return Piece(request, request.computed, count, self.kv.extend(row, count))
+        cut = self.kv.branch(held(request)) - request.computed
+        return Piece(request, request.computed, cut if WORTH_CUTTING <= cut < count else count)
+
+    def _extend(self, pieces: Sequence[Piece]) -> bool:
+        """Slots for all ``pieces``, or for none."""
+        rows = np.array([held(piece.request) for piece in pieces])
+        return self.kv.extend_each(rows, np.array([piece.count for piece in pieces])) is not None
 
     # Running.
 
     def _take_result(
         self, work: Work, result: ForwardResult, ms: Callable[[], float]
     ) -> list[Update]:
-        outputs = take_result(work.pieces, result)
         self._verification = result.verification
         is_prefill, stateful = work.mode is ForwardMode.PREFILL, self.kv.states is not None
+        # First all that depends on no result, while the device still works at it.
         for piece in work.pieces:
             request = piece.request
             request.computed += piece.count
@@ -397,49 +413,62 @@ class Scheduler:
             # A state is there only now, where the piece ends.
             if is_prefill and request.use_cache and (piece.completes or stateful):
                 self.kv.share(held(request), request.ids[: request.computed])
-        updates = []
-        for request, output in outputs:
-            if output is None:
-                updates.append(self._finish(request, "stop"))
-            else:
-                updates.append(self._take(request, *output))
+        others = [piece for piece in work.pieces if piece.request.want is not Want.TOKENS]
+        whole = [piece.request for piece in others if piece.completes]
+        self._finish([(request, "stop") for request in whole])
+        try:
+            outputs = take_result(work.pieces, result)
+        except Exception as error:
+            for request in whole:
+                request.finish_reason, request.error = "error", error
+            raise
+        updates = [Update(request) for request in whole]
+        ended: list[tuple[Request, FinishReason]] = []
+        for request, token, logprob in outputs:
+            reason = self._take(request, token, logprob)
+            if reason is not None:
+                ended.append((request, reason))
+            news = (token, logprob) if reason != "error" else ()
+            updates.append(Update(request, *news))
+        self._finish(ended)
         if is_prefill:
             self.statistics.record_prefill(LastPrefill.of(result, ms()))
         else:
             self.statistics.record_decode(result.dispatch.reason.value)
         return updates
 
-    def _take(self, request: Request, token: int, logprob: TokenLogprob | None) -> Update:
-        """Append a token; end the request if that was its last, or if looking at it fails."""
+    def _take(
+        self, request: Request, token: int, logprob: TokenLogprob | None
+    ) -> FinishReason | None:
+        """Append a token; why the request ends, if that was its last or looking at it fails."""
         request.append(token, logprob)
         self.statistics.generated_tokens += 1
         full = len(request.ids) >= request.max_len
+        if request.rule is None:
+            return "length" if full else None
         try:
-            reason: FinishReason | None = "length" if full else None
-            if request.rule is not None:
-                reason = request.rule.check(request.ids, request.num_new, full)
+            return request.rule.check(request.ids, request.num_new, full)
         except Exception as error:
-            return self._fail(request, error)
-        if reason is not None:
-            self._finish(request, reason)
-        return Update(request, token, logprob)
+            request.error = error
+            return "error"
 
-    def _finish(self, request: Request, reason: FinishReason) -> Update:
-        if request.row is None:
-            self.waiting.remove(request)
-        else:
-            self._release(request, failed=reason == "error")
-        request.finish_reason = reason
-        self.statistics.prompts += 1
-        return Update(request)
+    def _finish(self, ended: Sequence[tuple[Request, FinishReason]]) -> None:
+        for request, _ in ended:
+            if request.row is None:
+                self.waiting.remove(request)
+        self._release([(r, reason == "error") for r, reason in ended if r.row is not None])
+        for request, reason in ended:
+            request.finish_reason = reason
+        self.statistics.prompts += len(ended)
 
-    def _fail(self, request: Request, error: Exception) -> Update:
-        request.error = error
-        return self._finish(request, "error")
-
-    def _release(self, request: Request, *, failed: bool = False) -> None:
+    def _release(self, requests: Sequence[tuple[Request, bool]]) -> None:
+        """Give back all that running requests hold; of each, whether its forward failed."""
+        if not requests:
+            return
         # ``computed`` counts forwards that came to their end, so it is good after an error too.
-        computed = request.ids[: request.computed] if request.use_cache else ()
-        self.kv.release(held(request), computed, failed=failed)
-        request.row = None
-        del self.running[request.number]
+        self.kv.release_each(
+            [(held(r), r.ids[: r.computed] if r.use_cache else (), bad) for r, bad in requests]
+        )
+        for request, _ in requests:
+            request.row = None
+            del self.running[request.number]

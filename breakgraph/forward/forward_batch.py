@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -181,4 +182,6 @@ class DecodeInputs(LayerInputs):
 def _pack(parts: Sequence[Sequence[int] | IntArray]) -> IntArray:
     if not parts:
         return np.zeros(0, np.int64)
-    return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts, dtype=np.int64)
+    return np.array(list(chain.from_iterable(parts)), np.int64)

@@ -92,13 +92,15 @@ class KVSpace:
         self._free_pages(self.table.pages_to_extend(row, count))
         return self.table.extend(row, count)
 
-    def extend_each(self, rows: np.ndarray) -> np.ndarray | None:
-        """A slot for one more token of each of ``rows``; None, and none taken, if too few are."""
-        pages = int((self.table.lengths[rows] % self.page_size == 0).sum())
+    def extend_each(self, rows: np.ndarray, counts: np.ndarray | int = 1) -> np.ndarray | None:
+        """Slots for ``counts`` more tokens of each of ``rows``; None, and none taken, if too few
+        are there."""
+        lengths = self.table.lengths[rows]
+        pages = self.table.allocator.pages_to_grow(lengths, lengths + counts)
         if pages > self.available_pages:
             return None
         self._free_pages(pages)
-        return self.table.extend_each(rows)
+        return self.table.extend_each(rows, counts)
 
     def share(self, row: int, ids: Sequence[int]) -> None:
         """Let others use the whole pages of ``ids``, just computed, while ``row`` goes on.
@@ -125,23 +127,32 @@ class KVSpace:
             self.states.save(node, row)
 
     def release(self, row: int, ids: Sequence[int] = (), *, failed: bool = False) -> None:
-        """Give back ``row``; the whole pages of ``ids``, all computed, are cached.
+        """As ``release_each``, of one row."""
+        self.release_each([(row, ids, failed)])
+
+    def release_each(self, ended: Sequence[tuple[int, Sequence[int], bool]]) -> None:
+        """Give back rows; the whole pages of what they have computed are cached.
 
         Args:
-            row: a held row.
-            ids: the tokens that it has computed.
-            failed: a forward that began from them failed, and has left no state or a wrong one.
+            ended: held rows, all different; of each the tokens that it has computed, and whether a
+                forward that began from them failed, and has left no state or a wrong one.
         """
-        kept = (0, 0)
+        kept = [self._cache(*each) for each in ended]
+        rows = [row for row, _, _ in ended]
+        for row in rows:
+            self._unlock(row)
+            self._branches.pop(row, None)
+        self.table.release_each(rows, kept)
+
+    def _cache(self, row: int, ids: Sequence[int], failed: bool) -> tuple[int, int]:
+        """Begin and end of the tokens of ``row`` whose slots are the tree's from now on."""
         end = len(ids) // self.page_size * self.page_size
-        if self.cache is not None and end:
-            node, known = self.cache.insert(ids[:end], self.table.slots(row)[:end])
-            kept = (known, end)
-            if self.states is not None and end == len(ids) and not failed:
-                self.states.save(node, row)
-        self._unlock(row)
-        self._branches.pop(row, None)
-        self.table.release(row, kept)
+        if self.cache is None or not end:
+            return 0, 0
+        node, known = self.cache.insert(ids[:end], self.table.slots(row)[:end])
+        if self.states is not None and end == len(ids) and not failed:
+            self.states.save(node, row)
+        return known, end
 
     def flush(self) -> None:
         """Forget every cached prefix that no running request uses, and every saved state."""

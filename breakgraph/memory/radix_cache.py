@@ -129,7 +129,7 @@ class RadixCache:
 
     def evict(self, num_tokens: int) -> int:
         """Free at least ``num_tokens`` slots, or all that can be; returns how many."""
-        freed = 0
+        freed, parts = 0, []
         while freed < num_tokens and self._leaves:
             used, _, node = heapq.heappop(self._leaves)
             if not self._evictable(node, used):
@@ -138,7 +138,7 @@ class RadixCache:
                 self.states.drop(node)
             wanted = -(-(num_tokens - freed) // self._page) * self._page
             keep = max(len(node.tokens) - wanted, 0)
-            self._allocator.free(node.slots[keep:])
+            parts.append(node.slots[keep:])
             cut = len(node.tokens) - keep
             freed += cut
             self.cached_tokens -= cut
@@ -148,6 +148,8 @@ class RadixCache:
                 self._push(node)
             else:
                 self._remove(node)
+        if parts:
+            self._allocator.free(*parts)
         return freed
 
     def _remove(self, leaf: RadixNode) -> None:

@@ -7,9 +7,11 @@ the pool is empty.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from breakgraph.memory.slot_allocator import SlotAllocator
+from breakgraph.memory.slot_allocator import SlotAllocator, new_tokens
 
 
 class RequestTable:
@@ -86,41 +88,34 @@ class RequestTable:
         return pages_for(length + count) - pages_for(length)
 
     def extend(self, row: int, count: int) -> np.ndarray:
-        """Give ``row`` slots for ``count`` more tokens; returns them, int32 ``[count]``.
+        """Give ``row`` slots for ``count`` more tokens; as ``extend_each`` of one.
 
         Raises:
-            ValueError: the row is not held, or would outgrow the context length.
-            OutOfSlotsError: the pool has too few; the row stays as it was.
+            ValueError: the row is not held too.
         """
         self._check(row)
-        old = int(self.lengths[row])
-        new, context = old + count, self.table.shape[1]
-        if new > context:
-            raise ValueError(
-                f"a request of {new} tokens is longer than the context of {context} tokens"
-            )
-        last = int(self.table[row, old - 1]) if old else 0
-        slots = self.allocator.grow(old, new, last)
-        self.table[row, old:new] = slots
-        self.lengths[row] = new
-        return slots
+        return self.extend_each(np.array([row]), np.array([count]))
 
-    def extend_each(self, rows: np.ndarray) -> np.ndarray:
-        """Give each of ``rows``, all different and none empty, a slot for one more token.
+    def extend_each(self, rows: np.ndarray, counts: np.ndarray | int = 1) -> np.ndarray:
+        """Give each of ``rows``, all held and different, slots for ``counts`` more tokens.
 
         Returns:
-            int32 ``[len(rows)]``.
+            int32 ``[sum(counts)]``, row after row.
 
         Raises:
             ValueError: a row would outgrow the context length.
             OutOfSlotsError: the pool has too few; the rows stay as they were.
         """
-        lengths = self.lengths[rows]
-        if lengths.max() >= self.table.shape[1]:
-            raise ValueError(f"a request outgrows the context of {self.table.shape[1]} tokens")
-        slots = self.allocator.grow_each(lengths, self.table[rows, lengths - 1])
-        self.table[rows, lengths] = slots
-        self.lengths[rows] = lengths + 1
+        old = self.lengths[rows]
+        new, context = old + counts, self.table.shape[1]
+        if (longest := int(new.max())) > context:
+            raise ValueError(
+                f"a request of {longest} tokens is longer than the context of {context} tokens"
+            )
+        slots = self.allocator.grow_each(old, new, self.table[rows, old - 1])
+        request, token = new_tokens(old, new)
+        self.table[rows[request], token] = slots
+        self.lengths[rows] = new
         return slots
 
     def slots(self, row: int) -> np.ndarray:
@@ -145,21 +140,33 @@ class RequestTable:
         self.borrowed[row] = len(slots)
 
     def release(self, row: int, kept: tuple[int, int] = (0, 0)) -> None:
-        """Give back the row and the slots that it owns, but those of the tokens in ``kept``.
+        """As ``release_each``, of one row."""
+        self.release_each([row], [kept])
+
+    def release_each(self, rows: Sequence[int], kept: Sequence[tuple[int, int]]) -> None:
+        """Give back rows and the slots that they own, but those of the tokens in ``kept``.
 
         Args:
-            row: a held row.
-            kept: begin and end, whole pages, of the tokens whose slots have another owner now.
+            rows: held ones, all different.
+            kept: of each, begin and end, whole pages, of the tokens whose slots have another owner
+                now.
 
         Raises:
-            ValueError: the row is not held.
+            ValueError: a row is not held.
         """
-        slots, owned = self.slots(row), int(self.borrowed[row])
-        begin, end = max(kept[0], owned), max(kept[1], owned)
-        self.allocator.free(np.concatenate([slots[owned:begin], slots[end:]]))
-        self.lengths[row] = self.borrowed[row] = 0
-        self._held[row] = False
-        self._free.append(row)
+        for row in rows:
+            self._check(row)
+        parts = []
+        owned, lengths = self.borrowed[rows].tolist(), self.lengths[rows].tolist()
+        for row, own, length, (begin, end) in zip(rows, owned, lengths, kept, strict=True):
+            if own < begin:
+                parts.append(self.table[row, own:begin])
+            parts.append(self.table[row, max(own, end) : length])
+        self.allocator.free(*parts)
+        self.lengths[rows] = self.borrowed[rows] = 0
+        for row in rows:
+            self._held[row] = False
+        self._free += rows
 
     def _check(self, row: int) -> None:
         if not 0 <= row < len(self._held) or not self._held[row]:

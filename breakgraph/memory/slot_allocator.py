@@ -7,9 +7,13 @@ where padded rows store, serves none.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 
 from breakgraph.memory.kv_pool import whole_pages
+
+Tokens = TypeVar("Tokens", int, np.ndarray)
 
 
 class OutOfSlotsError(RuntimeError):
@@ -41,75 +45,72 @@ class SlotAllocator:
         """Slots in free pages."""
         return self._num_free * self.page_size
 
-    def pages_for(self, num_tokens: int) -> int:
+    def pages_for(self, num_tokens: Tokens) -> Tokens:
         """Pages that a request of ``num_tokens`` tokens takes."""
         return -(-num_tokens // self.page_size)
 
+    def pages_to_grow(self, old_lens: np.ndarray, new_lens: np.ndarray) -> int:
+        """Free pages that several requests take to grow, all together."""
+        return int((self.pages_for(new_lens) - self.pages_for(old_lens)).sum())
+
     def grow(self, old_len: int, new_len: int, last_slot: int = 0) -> np.ndarray:
-        """Slots for the tokens ``old_len`` to ``new_len`` of a request.
+        """As ``grow_each``, of one request."""
+        return self.grow_each(*(np.array([each]) for each in (old_len, new_len, last_slot)))
+
+    def grow_each(
+        self, old_lens: np.ndarray, new_lens: np.ndarray, last_slots: np.ndarray
+    ) -> np.ndarray:
+        """Slots for the tokens ``old_lens`` to ``new_lens`` of several requests.
 
         Args:
-            old_len: tokens that hold slots already.
-            new_len: tokens that shall; not below ``old_len``.
-            last_slot: the slot of token ``old_len - 1``, whose page is filled up first.
+            old_lens: int ``[num_requests]``, the tokens of each that hold slots already.
+            new_lens: int ``[num_requests]``, the tokens of each that shall; not fewer.
+            last_slots: int ``[num_requests]``, the slot of each one's last token, whose page is
+                filled up first; any number where there is none.
 
         Returns:
-            int32 ``[new_len - old_len]``.
+            int32 ``[sum(new_lens - old_lens)]``, request after request.
 
         Raises:
             OutOfSlotsError: too few pages are free; nothing was taken.
         """
-        if new_len < old_len:
-            raise ValueError(f"a request of {old_len} tokens cannot grow to {new_len}")
-        pages = self.pages_for(new_len) - self.pages_for(old_len)
-        if pages > self._num_free:
+        if (new_lens < old_lens).any():
+            raise ValueError(f"requests of {old_lens} tokens cannot grow to {new_lens}")
+        total = self.pages_to_grow(old_lens, new_lens)
+        if total > self._num_free:
             raise OutOfSlotsError(
-                f"{new_len - old_len} more tokens take {pages} pages of {self.page_size}, "
-                f"{self._num_free} of {self.num_pages} are free; raise --max-total-tokens"
+                f"{int((new_lens - old_lens).sum())} more tokens take {total} pages of "
+                f"{self.page_size}, {self._num_free} of {self.num_pages} are free; raise "
+                "--max-total-tokens"
             )
-        fresh = self._take(pages)
-        room = self.pages_for(old_len) * self.page_size - old_len
-        rest = np.arange(last_slot + 1, last_slot + 1 + room, dtype=np.int32)
-        offsets = np.arange(self.page_size, dtype=np.int32)
-        paged = (fresh[:, None] * self.page_size + offsets).reshape(-1)
-        return np.concatenate([rest, paged])[: new_len - old_len].astype(np.int32, copy=False)
-
-    def grow_each(self, old_lens: np.ndarray, last_slots: np.ndarray) -> np.ndarray:
-        """A slot for one more token of each of several requests; as ``grow`` of each.
-
-        Args:
-            old_lens: int32 ``[num_requests]``, the tokens of each.
-            last_slots: int32 ``[num_requests]``, the slot of each one's last token.
-
-        Returns:
-            int32 ``[num_requests]``.
-        """
-        at_border = old_lens % self.page_size == 0
-        pages = int(at_border.sum())
-        if pages > self._num_free:
-            raise OutOfSlotsError(
-                f"{len(old_lens)} requests take {pages} pages of {self.page_size} for a token "
-                f"each, {self._num_free} of {self.num_pages} are free; raise --max-total-tokens"
-            )
-        slots = last_slots + 1
-        slots[at_border] = self._take(pages) * self.page_size
-        return slots
+        fresh = self._take(total)
+        if self.page_size == 1:
+            return fresh
+        begun, held = self.pages_for(old_lens), self.pages_for(new_lens)
+        request, token = new_tokens(old_lens, new_lens)
+        # The tokens' pages, counted from the first fresh one of each request.
+        page = token // self.page_size - begun[request]
+        nth = page + (np.cumsum(held - begun) - held + begun)[request]
+        last = (last_slots // self.page_size)[request]
+        page = np.where(page < 0, last, np.append(fresh, 0)[nth])
+        return (page * self.page_size + token % self.page_size).astype(np.int32)
 
     def _take(self, pages: int) -> np.ndarray:
         begin = self._num_free - pages
-        fresh = self._free[begin : self._num_free][::-1]
+        fresh = self._free[begin : self._num_free][::-1].copy()
         self._num_free = begin
         self._taken[fresh] = True
         return fresh
 
-    def free(self, slots: np.ndarray) -> None:
-        """Take back all ``slots`` of one request, int32 ``[length]`` in the order of its tokens.
+    def free(self, *slots: np.ndarray) -> None:
+        """Take back slots: of each request whole pages, int32 in the order of its tokens.
 
         Raises:
             ValueError: a page of them is not taken (freed twice?); nothing was freed.
         """
-        pages = slots[:: self.page_size] // self.page_size
-        if len(np.unique(pages)) != len(pages) or not self._taken[pages].all():
+        pages = np.concatenate([part[:: self.page_size] for part in slots]) // self.page_size
+        ordered = np.sort(pages)
+        if (ordered[1:] == ordered[:-1]).any() or not self._taken[pages].all():
             raise ValueError(
                 "these slots are free already, or were never handed out: "
                 f"pages {pages[~self._taken[pages]].tolist() or pages.tolist()}"
@@ -117,3 +118,18 @@ class SlotAllocator:
         self._taken[pages] = False
         self._free[self._num_free : self._num_free + len(pages)] = pages[::-1]
         self._num_free += len(pages)
+
+
+def new_tokens(old_lens: np.ndarray, new_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of requests that grow, each new token's request and its place in it, packed.
+
+    Args:
+        old_lens: int ``[num_requests]``.
+        new_lens: int ``[num_requests]``, not below ``old_lens``.
+
+    Returns:
+        Two int64 arrays ``[sum(new_lens - old_lens)]``.
+    """
+    counts = new_lens - old_lens
+    request = np.arange(len(counts)).repeat(counts)
+    return request, np.arange(len(request)) - (np.cumsum(counts) - new_lens).repeat(counts)
