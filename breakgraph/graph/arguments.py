@@ -38,6 +38,8 @@ _CONSTANTS = (
     types.BuiltinFunctionType,
 )
 
+_CONTAINERS = (tuple, list, dict)
+
 
 def freeze(
     name: str,
@@ -80,11 +82,14 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     """The tensors of (nested) tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         return [value]
-    if isinstance(value, (tuple, list)):
-        return [tensor for item in value for tensor in tensors_in(item)]
-    if isinstance(value, dict):
-        return [tensor for item in value.values() for tensor in tensors_in(item)]
-    return []
+    found: list[torch.Tensor] = []
+    if isinstance(value, _CONTAINERS):
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, torch.Tensor):
+                found.append(item)
+            elif isinstance(item, _CONTAINERS):
+                found += tensors_in(item)
+    return found
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:

@@ -8,6 +8,7 @@ here with the op, the tensor's shape and the call site.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 
@@ -20,9 +21,13 @@ SEQUENCE_MIXERS = (
     "aten::_cudnn_attention",
     "aten::_scaled_dot_product",
     "aten::scaled_dot_product_attention",
+    "aten::_safe_softmax",
     "torch_attn::",
 )
-"""Ops that see per-request lengths; in a segment they would replay the capture's lengths."""
+"""Ops that see per-request lengths; in a segment they would replay the capture's lengths.
+
+``_safe_softmax`` is what shows of a ``scaled_dot_product_attention`` by plain products, which alone
+calls it."""
 
 
 class CaptureAudit:
@@ -31,11 +36,12 @@ class CaptureAudit:
     def __init__(self, allowed: Iterable[torch.Tensor]) -> None:
         self._allowed = {tensor.untyped_storage()._cdata: tensor for tensor in allowed}
 
-    def check_read(self, reader: str, tensor: torch.Tensor) -> None:
-        """Raise ForeignReadError unless ``reader`` may read ``tensor`` from outside."""
-        constant = tensor.dim() == 0 and tensor.device.type == "cpu" and reader.startswith("aten")
-        if constant or tensor.untyped_storage()._cdata in self._allowed:
+    def check_read(self, reader: object, tensor: torch.Tensor) -> None:
+        """Raise ForeignReadError unless ``reader``, an op say, may read ``tensor`` from outside."""
+        if tensor.untyped_storage()._cdata in self._allowed:
             return
+        if not tensor.dim() and tensor.device.type == "cpu" and str(reader).startswith("aten"):
+            return  # a constant
         raise ForeignReadError(
             f"{reader} reads a {tensor.dtype} tensor of shape {list(tensor.shape)} on "
             f"{tensor.device} that is no weight, no static input buffer, no constant and not "
@@ -46,9 +52,16 @@ class CaptureAudit:
 
     def check_op(self, name: str) -> None:
         """Raise RefusedOpError if op ``name`` mixes tokens of a sequence."""
-        if name.startswith(SEQUENCE_MIXERS):
+        if _mixes(name):
+            if name == "aten::_safe_softmax":
+                name = "aten::scaled_dot_product_attention"
             raise RefusedOpError(
                 f"{name} mixes the tokens of a sequence inside a segment ({call_site()}), so it "
                 "would replay the capture's lengths for every batch. Call it in an "
                 "eager_on_graph break."
             )
+
+
+@cache
+def _mixes(name: str) -> bool:
+    return name.startswith(SEQUENCE_MIXERS)

@@ -44,8 +44,9 @@ from breakgraph.graph.audit import CaptureAudit
 from breakgraph.graph.cuda import require_cuda_python
 from breakgraph.graph.cuda_segments import CudaBackend
 from breakgraph.graph.errors import BreakableGraphError
+from breakgraph.graph.host_reads import HostReadWatch
 from breakgraph.graph.landing import Landing
-from breakgraph.graph.provenance import FunctionMode, Ownership, SegmentMode
+from breakgraph.graph.provenance import Ownership, SegmentMode
 from breakgraph.graph.segments import Segment, SegmentBackend
 from breakgraph.graph.tape_segments import TapeBackend
 
@@ -76,7 +77,7 @@ class BreakableCUDAGraph:
         self._steps: tuple[Step, ...] = ()
         self._run: tuple[Callable[[], Any], ...] = ()
         self._anchors: list[Segment] = []
-        self._held: list[torch.Tensor] = []
+        self._held: list[torch.UntypedStorage] = []
         self._pool: Any = None
         self._captured = False
 
@@ -124,7 +125,7 @@ class BreakableCUDAGraph:
         self._pool, self._captured = None, False
 
     def _install(
-        self, steps: list[Step], anchors: list[Segment], held: list[torch.Tensor], pool: Any
+        self, steps: list[Step], anchors: list[Segment], held: list[torch.UntypedStorage], pool: Any
     ) -> None:
         self._steps, self._run = tuple(steps), tuple(step.run for step in steps)
         self._anchors, self._held, self._pool, self._captured = anchors, held, pool, True
@@ -181,6 +182,7 @@ class BreakableCUDAGraphCapture:
         self._options = (pool, stream, capture_error_mode)
         self._audit = audit
         self._breaks = breaks
+        self._num_segments = 0
 
     def __enter__(self) -> BreakableCUDAGraph:
         if _local.capture is not None:
@@ -195,14 +197,15 @@ class BreakableCUDAGraphCapture:
         self._backend = self._make_backend()
         self._mode = SegmentMode(self._ownership, self._backend)
         self._steps: list[Step] = []
+        self._num_segments = 0
         self._anchors: list[Segment] = []
         self._failure: BaseException | None = None
         with ExitStack() as stack:
             stack.enter_context(_gc_off)
             stack.enter_context(torch.no_grad())
             self._backend.enter(stack)
-            stack.enter_context(self._mode)
-            stack.enter_context(FunctionMode(self._mode))
+            stack.callback(self._mode.close)
+            stack.enter_context(HostReadWatch(self._mode.sees))
             stack.callback(self._leave)
             _local.capture, self._outer_inside = self, _local.inside
             _local.inside = self._breaks
@@ -237,7 +240,7 @@ class BreakableCUDAGraphCapture:
     @property
     def num_segments(self) -> int:
         """Segments closed so far."""
-        return sum(step.segment is not None for step in self._steps)
+        return self._num_segments
 
     def _make_backend(self) -> SegmentBackend:
         pool, stream, mode = self._options
@@ -248,17 +251,18 @@ class BreakableCUDAGraphCapture:
 
     def _begin(self) -> None:
         self._backend.begin()
-        self._mode.watching = True
+        self._mode.watch()
 
     def _end(self) -> None:
-        self._mode.watching = False
+        self._mode.unwatch()
         segment = self._backend.end()
         self._anchors.append(segment)
         if segment.num_nodes:
-            self._steps.append(Step(f"segment {self.num_segments}", segment.replay, segment))
+            self._steps.append(Step(f"segment {self._num_segments}", segment.replay, segment))
+            self._num_segments += 1
 
     def _abandon(self) -> None:
-        self._mode.watching = False
+        self._mode.unwatch()
         self._backend.abort()
         for segment in self._anchors:
             segment.reset()
@@ -268,7 +272,7 @@ class BreakableCUDAGraphCapture:
         self._failure = None  # or its traceback would hold this object, and what it holds
 
     def _break(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        self._mode.watching = False
+        self._mode.unwatch()
         try:
             frozen_args, frozen_kwargs = freeze(
                 name, args, kwargs, functools.partial(self._fix, name)

@@ -106,7 +106,10 @@ class CudaBackend:
         if self._watch.forks:
             self._capture.check_joined(self._watch.forks)
         num_nodes = self._capture.num_nodes()
-        _end_capture(graph)
+        if num_nodes:
+            graph.capture_end()  # which has nothing to warn of
+        else:
+            _end_capture(graph)
         self._graph = None
         if not num_nodes:  # left out of the graph: the next segment counts its memory
             return CudaSegment(graph, 0)

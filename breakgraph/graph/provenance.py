@@ -1,8 +1,8 @@
 """Sees every op of a segment, and so knows whose each tensor is.
 
 A tensor is the pool's if an op of this capture made it and its address lies in the graph's
-pool; such a tensor is held by address only. Every other tensor that a segment reads is
-held strongly for the life of the graph. Storages are told apart by identity, kept unique by
+pool; such a tensor is held by address only. The storage of every other tensor that a segment
+reads is held for the life of the graph. Storages are told apart by identity, kept unique by
 a weak reference, because an address alone is reused.
 """
 
@@ -12,51 +12,59 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from breakgraph.graph.arguments import tensors_in
 from breakgraph.graph.audit import CaptureAudit
 from breakgraph.graph.callsite import call_site
-from breakgraph.graph.errors import BreakableGraphError, RefusedOpError
+from breakgraph.graph.errors import BreakableGraphError
 from breakgraph.graph.segments import SegmentBackend
 
 
 class Ownership:
-    """Which storages this capture made, and the outside tensors it holds."""
+    """Which storages this capture made, and the outside ones it holds, by their identity."""
 
     def __init__(self, audit: CaptureAudit | None) -> None:
         self.audit = audit
-        self.held: dict[int, torch.Tensor] = {}
-        self._made: dict[int, StorageWeakRef] = {}
+        self.held: dict[int, torch.UntypedStorage] = {}
+        self.made: dict[int, StorageWeakRef] = {}
 
     def note_made(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        self._made[storage._cdata] = StorageWeakRef(storage)
+        if storage._cdata not in self.made:
+            self.made[storage._cdata] = StorageWeakRef(storage)
 
     def is_made(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._made
+        return tensor.untyped_storage()._cdata in self.made
 
-    def note_read(self, reader: str, tensor: torch.Tensor) -> None:
-        """Audit and hold ``tensor`` if it is not this capture's own."""
+    def note_read(self, reader: object, tensor: torch.Tensor) -> None:
+        """Audit and hold ``tensor`` if it is not this capture's own.
+
+        Args:
+            reader: an op, or what else reads, for an error to name.
+            tensor: what it reads.
+        """
         storage = tensor.untyped_storage()
-        if storage._cdata in self._made or storage._cdata in self.held or not storage.nbytes():
+        if storage._cdata in self.made or storage._cdata in self.held or not storage.nbytes():
             return
         if self.audit is not None:
             self.audit.check_read(reader, tensor)
-        self.hold(tensor)
+        self.held[storage._cdata] = storage
 
     def hold(self, tensor: torch.Tensor) -> None:
-        self.held[tensor.untyped_storage()._cdata] = tensor.detach()
+        storage = tensor.untyped_storage()
+        self.held[storage._cdata] = storage
 
 
 class SegmentMode(TorchDispatchMode):
-    """Active for a whole capture; watches while ``segment`` is set, that is, between breaks."""
+    """On the stack of modes between breaks, and off it within them, where each op would take 5 µs
+    more without being looked at."""
 
     def __init__(self, ownership: Ownership, backend: SegmentBackend) -> None:
         super().__init__()
         self._ownership = ownership
         self._backend = backend
+        self._entered = False
         self.watching = False
 
     @classmethod
@@ -64,9 +72,28 @@ class SegmentMode(TorchDispatchMode):
         """Else the first op of a capture imports torch's compiler, which takes 0.9 s."""
         return False
 
-    def check_op(self, name: str) -> None:
-        if self._ownership.audit is not None:
-            self._ownership.audit.check_op(name)
+    def watch(self) -> None:
+        """A segment begins."""
+        if not self._entered:
+            self.__enter__()
+            self._entered = True
+        self.watching = True
+
+    def unwatch(self) -> None:
+        """A segment ended. Below a mode that the captured code entered, this one stays."""
+        self.watching = False
+        if self._entered and _get_current_dispatch_mode_stack()[-1:] == [self]:
+            self.close()
+
+    def close(self) -> None:
+        """Leave the stack, on top of which no other mode is any more."""
+        if self._entered:
+            self._entered = False
+            self.__exit__(None, None, None)
+
+    def sees(self) -> bool:
+        """Whether an op called now is one of the segment, and not one that such an op calls."""
+        return self.watching and self in _get_current_dispatch_mode_stack()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -79,42 +106,16 @@ class SegmentMode(TorchDispatchMode):
                 f"torch.inference_mode hides ops from the capture ({call_site()}); use "
                 "torch.no_grad() there"
             )
-        self.check_op(func.name())
         ownership = self._ownership
-        inputs = tensors_in(args) + tensors_in(kwargs)
+        if ownership.audit is not None:
+            ownership.audit.check_op(func.name())
         self._backend.refuse(func, args, kwargs)
-        for tensor in inputs:
-            ownership.note_read(str(func), tensor)
+        made, held, read = ownership.made, ownership.held, set()
+        for tensor in tensors_in((args, kwargs)) if kwargs else tensors_in(args):
+            identity = tensor.untyped_storage()._cdata
+            read.add(identity)
+            if identity not in made and identity not in held:
+                ownership.note_read(func, tensor)
         result = func(*args, **kwargs)
-        read = {tensor.untyped_storage()._cdata for tensor in inputs}
         fresh = [t for t in tensors_in(result) if t.untyped_storage()._cdata not in read]
         return self._backend.record(func, args, kwargs, result, fresh, ownership)
-
-
-class FunctionMode(TorchFunctionMode):
-    """Refuses what shows in no op: host reads of a CPU tensor, attention by plain products."""
-
-    _READS = (
-        torch.Tensor.tolist,
-        torch.Tensor.numpy,
-        torch.Tensor.__array__,
-        torch.Tensor.__repr__,
-        torch.Tensor.cpu,
-    )
-
-    def __init__(self, mode: SegmentMode) -> None:
-        super().__init__()
-        self._mode = mode
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if not self._mode.watching:
-            return func(*args, **(kwargs or {}))
-        self._mode.check_op(f"aten::{getattr(func, '__name__', '')}")
-        if func in self._READS:
-            raise RefusedOpError(
-                f"Tensor.{func.__name__}() copies to the host and waits ({call_site()}); a graph "
-                "segment cannot hold it. Move it into an eager_on_graph break."
-            )
-        return func(*args, **(kwargs or {}))

@@ -13,6 +13,7 @@ import time
 import weakref
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -122,6 +123,13 @@ _INDEXING = tuple(
     for name in ("index", "_unsafe_index", "index_put", "index_put_", "_unsafe_index_put")
 )
 _MASKS = (torch.bool, torch.uint8)
+_SUSPECT = frozenset(
+    (
+        torch.Tag.data_dependent_output,
+        torch.Tag.dynamic_output_shape,
+        torch.Tag.nondeterministic_seeded,
+    )
+)
 _REALLOCATING = (torch.ops.aten.resize_, torch.ops.aten.resize_as_, torch.ops.aten.set_)
 
 
@@ -129,6 +137,8 @@ def refuse_uncapturable(
     op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, allow_random: bool
 ) -> None:
     """Raise RefusedOpError if no graph can hold ``op``."""
+    if not _may_be_refused(op):
+        return
     tags, packet = op.tags, op.overloadpacket
     reason = ""
     if packet in _REALLOCATING:
@@ -150,6 +160,12 @@ def refuse_uncapturable(
             f"{op} {reason} ({call_site()}); a graph segment cannot hold it. Move it into an "
             "eager_on_graph break, or out of the captured code."
         )
+
+
+@cache
+def _may_be_refused(op: Any) -> bool:
+    """Whether ``op`` is refused with some arguments at least."""
+    return op.overloadpacket in (*_REALLOCATING, *_INDEXING) or not _SUSPECT.isdisjoint(op.tags)
 
 
 def _static_index(args: tuple[Any, ...]) -> bool:

@@ -76,6 +76,7 @@ class GraphRunner(ABC):
     unit: ClassVar[str]
     off_flag: ClassVar[str]
     memory_flags: ClassVar[str]
+    _failed: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -148,8 +149,11 @@ class GraphRunner(ABC):
                 self.phase,
             )
         self._warm_up()
-        gc.collect()
-        last = self._taken_bytes() - self.pool_bytes()
+        # All generations take 0.1 s, and only loading and a failure leave anything in the oldest.
+        gc.collect(2 if GraphRunner._failed or not self.pool_bytes() else 1)
+        GraphRunner._failed = False
+        self._empty_cache()  # a capture that runs out of memory cannot
+        last = self._driver_bytes()
         description = f"capturing {self.phase} graphs"
         silent = not self.group.is_first
         ladder = tqdm(self.buckets[::-1], desc=description, unit="bucket", disable=silent)
@@ -157,7 +161,7 @@ class GraphRunner(ABC):
             for bucket in progress:
                 progress.set_postfix_str(f"{bucket} {self.unit}s, {self._memory_text()}")
                 self.graphs[bucket] = self._capture_bucket(bucket)
-                own, last = last, self._taken_bytes() - self.pool_bytes()
+                own, last = last, self._driver_bytes()
                 self.own_bytes[bucket] = max(0, last - own)
         self.capture_seconds = time.perf_counter() - start
         self.memory_bytes = self._taken_bytes() - taken
@@ -232,6 +236,7 @@ class GraphRunner(ABC):
                     )
         except Exception as error:
             self.drop()
+            GraphRunner._failed = True
             help_ = f"run {self.off_flag} until the cause is mended"
             if isinstance(error, torch.OutOfMemoryError):
                 help_ = f"lower --mem-fraction-static, or {self.memory_flags}"
@@ -245,9 +250,20 @@ class GraphRunner(ABC):
     def _taken_bytes(self) -> int:
         if self._device.type == "cpu":
             return int(self.pool.num_bytes)
-        torch.cuda.empty_cache()
+        self._empty_cache()
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free
+
+    def _empty_cache(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _driver_bytes(self) -> int:
+        """Taken, but not by torch's allocator, whose cache a bucket may leave as it is."""
+        if self._device.type == "cpu":
+            return 0
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free - torch.cuda.memory_reserved(self._device)
 
     def _memory_text(self) -> str:
         if self._device.type == "cpu":

@@ -116,6 +116,20 @@ def test_attention_inside_a_segment_is_refused(rank, dtype, device):
     torch.testing.assert_close(out, fn(x))
 
 
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+        lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x[:, :4] > 0),
+        lambda x: torch.ops.aten._scaled_dot_product_attention_math(x, x, x),
+    ],
+)
+def test_attention_by_plain_products_is_refused_whatever_its_options(attend, device):
+    x = torch.randn(SHAPE, device=device, dtype=torch.float64)
+    with pytest.raises(RefusedOpError, match="scaled_dot_product_attention mixes"):
+        audited(lambda: attend(x), device, x)
+
+
 @torch.library.custom_op("torch_attn::breakgraph_tests_mixer", mutates_args=())
 def varlen_like(x: torch.Tensor) -> torch.Tensor:
     return x.cumsum(0)

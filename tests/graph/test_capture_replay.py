@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from breakgraph.graph import (
     BreakableCUDAGraph,
@@ -422,6 +423,44 @@ def test_a_break_may_use_inference_mode(device):
         return x.cumsum(0)
 
     check_replays(lambda x: infer(x * 2) + 1, device)
+
+
+class Counting(TorchDispatchMode):
+    """Counts the ops that it sees."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_break_runs_under_no_mode_of_the_capture(device):
+    depths = []
+
+    @eager_on_graph()
+    def note(x):
+        depths.append(len(_get_current_dispatch_mode_stack()))
+        return x.cumsum(0)
+
+    check_replays(lambda x: note(note(x * 2) + 1) + 1, device)
+    assert set(depths) == {0}
+
+
+def test_modes_of_the_captured_code_see_segments_and_breaks(device):
+    """Also where one begins before a break and ends after it, above the mode of the capture."""
+    inner, outer = Counting(), Counting()
+
+    def fn(x):
+        with outer:
+            y = mixed(x * 2)
+            with inner:
+                y = mixed(y + 1) * 2
+        return mixed(y) + y
+
+    graph = check_replays(fn, device)
+    assert (graph.num_segments, graph.num_breaks) == (4, 3)
+    assert outer.seen > inner.seen > 0 and not _get_current_dispatch_mode_stack()
 
 
 def test_an_exception_in_a_break_at_replay_leaves_the_graph_usable(device):

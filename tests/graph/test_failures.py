@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import breakgraph.graph.cuda
 from breakgraph.graph import (
@@ -70,6 +71,8 @@ def state(device):
         is_in_breakable_cuda_graph(),
         torch.is_grad_enabled(),
         torch.cuda.Event.wait,
+        _get_current_dispatch_mode_stack(),
+        [vars(torch.Tensor).get(name) for name in ("tolist", "numpy", "__array__", "__repr__")],
     )
 
 
@@ -334,3 +337,7 @@ def test_the_first_matrix_product_of_a_thread_may_be_captured():
     thread.join(60)
     [(taken, difference)] = results
     assert taken <= 2 << 20 and difference < 1e-3
+
+
+def test_a_capture_that_has_not_begun_has_no_segments(device):
+    assert BreakableCUDAGraphCapture(BreakableCUDAGraph(), device=device).num_segments == 0

@@ -1,5 +1,7 @@
 """The CPU tape has a CUDA graph's semantics, and refuses what a stream capture would."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,28 @@ def test_a_break_may_wait_for_the_device(name, device):
     x = torch.ones(SHAPE, device=device)
     graph, _ = capture(lambda: wait(x * 2), device)
     graph.replay()
+
+
+def test_a_host_read_is_refused_in_the_capturing_thread_alone():
+    y, seen = torch.ones(2), []
+
+    def fn():
+        thread = threading.Thread(target=lambda: seen.append((y.tolist(), str(y))))
+        thread.start()
+        thread.join(10)
+        y.tolist()
+
+    with pytest.raises(RefusedOpError, match="tolist"):
+        capture(fn, "cpu")
+    assert seen == [([1, 1], "tensor([1., 1.])")] and y.tolist() == [1, 1]
+
+
+def test_an_op_on_the_tape_may_read_its_arguments():
+    @torch.library.custom_op("breakgraph_tests::reads", mutates_args=())
+    def reads(x: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(x.tolist()) + torch.from_numpy(x.numpy())
+
+    check_replays(lambda x: reads(x * 2) + 1, "cpu")
 
 
 @pytest.mark.parametrize(
