@@ -116,7 +116,8 @@ class ServerArgs:
     prefill_dispatch: Literal["auto", "measured", "always"] = _flag(
         "auto",
         "measured: run eagerly what timings at this start show to be faster so; always: replay all "
-        "that fits a bucket; auto on cuda takes the timings of an earlier start, if any are kept",
+        "that fits a bucket; auto is always on cpu, and on cuda measured once and kept for later "
+        "starts",
     )
     verify_prefill_graph: float = _flag(
         0.0,
@@ -245,8 +246,9 @@ class ServerArgs:
             )
         if self.dp_size > 1 and self.dp_size != self.tp_size:
             raise ValueError(
-                f"--dp-size {self.dp_size} must be --tp-size, which is {self.tp_size}: each rank "
-                "then holds requests of its own. For whole copies of a model start a server each"
+                f"--dp-size {self.dp_size} must be --tp-size, which is {self.tp_size}: give "
+                "both the number of ranks, or leave --dp-size out. For whole copies of a model "
+                "start a server each"
             )
         if self.dp_size > 1 and self.moe_scatter:
             raise ValueError(
@@ -359,49 +361,16 @@ class ServerArgs:
         chunk = self.chunked_prefill_size or min(default, self.max_total_tokens or default)
         derived = derive_buckets(chunk)
         ladder = self.piecewise_cuda_graph_tokens or derived
-        flag = "--piecewise-cuda-graph-tokens"
         prefill, decode = self._graph_backends(device)
         sizes = derive_batch_sizes(self.max_running_requests)
-        if self.linear_attention_capture and prefill == "disabled":
+        self._warn_of_idle_flags(
+            *(prefill, decode, ladder != derived, self.cuda_graph_bs not in (None, sizes))
+        )
+        if prefill != "disabled" and ladder[-1] < chunk:
             logger.warning(
-                "--linear-attention-capture does nothing without --enable-breakable-cuda-graph"
-            )
-        if self.moe_scatter and self.tp_size == 1:
-            logger.warning("--moe-scatter does nothing without --tp-size of 2 or more")
-        requests = self.prefill_graph_requests
-        if requests != DEFAULT_SLOTS and prefill not in ("full", "auto"):
-            logger.warning(
-                "--prefill-graph-requests does nothing without --cuda-graph-backend-prefill full "
-                "or auto"
-            )
-        if self.linear_attention_capture and prefill == "full":
-            logger.warning(
-                "--linear-attention-capture does nothing with --cuda-graph-backend-prefill full, "
-                "whose graphs hold such layers anyway"
-            )
-        if self.cuda_graph_memory_budget is not None and prefill == "disabled":
-            logger.warning(
-                "--cuda-graph-memory-budget does nothing without --enable-breakable-cuda-graph"
-            )
-        if self.verify_prefill_graph and prefill == "disabled":
-            logger.warning(
-                "--verify-prefill-graph does nothing without --enable-breakable-cuda-graph"
-            )
-        if self.max_mamba_cache_size is not None and self.disable_radix_cache:
-            logger.warning(
-                "--max-mamba-cache-size does nothing with --disable-radix-cache: only running "
-                "requests have states"
-            )
-        if self.debug_cuda_graph and prefill == decode == "disabled":
-            logger.warning("--debug-cuda-graph does nothing without graphs to debug")
-        if self.cuda_graph_bs not in (None, sizes) and decode == "disabled":
-            logger.warning("--cuda-graph-bs does nothing: decode graphs are disabled")
-        if ladder != derived and prefill == "disabled":
-            logger.warning("%s does nothing without --enable-breakable-cuda-graph", flag)
-        elif ladder[-1] < chunk:
-            logger.warning(
-                "%s ends at %d tokens: batches up to --chunked-prefill-size %d run eagerly",
-                *(flag, ladder[-1], chunk),
+                "--piecewise-cuda-graph-tokens ends at %d tokens: batches up to "
+                "--chunked-prefill-size %d run eagerly",
+                *(ladder[-1], chunk),
             )
         return replace(
             self,
@@ -413,6 +382,48 @@ class ServerArgs:
             chunked_prefill_size=chunk,
             piecewise_cuda_graph_tokens=ladder,
         )
+
+    def _warn_of_idle_flags(
+        self, prefill: str, decode: str, own_ladder: bool, own_sizes: bool
+    ) -> None:
+        """Say which flags do nothing beside the others, as resolved.
+
+        ``own_ladder`` and ``own_sizes`` are whether token buckets and decode sizes were given.
+        """
+        eager, linear = prefill == "disabled", self.linear_attention_capture
+        no_graphs = "without --enable-breakable-cuda-graph or --cuda-graph-backend-prefill"
+        slots = self.prefill_graph_requests != DEFAULT_SLOTS and prefill not in ("full", "auto")
+        idle = (
+            ("piecewise-cuda-graph-tokens", eager and own_ladder, no_graphs),
+            ("linear-attention-capture", eager and linear, no_graphs),
+            (
+                "linear-attention-capture",
+                prefill == "full" and linear,
+                "with --cuda-graph-backend-prefill full, whose graphs hold such layers anyway",
+            ),
+            ("cuda-graph-memory-budget", eager and self.cuda_graph_memory_budget, no_graphs),
+            ("verify-prefill-graph", eager and self.verify_prefill_graph, no_graphs),
+            (
+                "prefill-graph-requests",
+                slots,
+                "without --cuda-graph-backend-prefill full or auto",
+            ),
+            ("cuda-graph-bs", decode == "disabled" and own_sizes, "with decode graphs disabled"),
+            (
+                "debug-cuda-graph",
+                self.debug_cuda_graph and eager and decode == "disabled",
+                "without graphs to debug",
+            ),
+            ("moe-scatter", self.moe_scatter and self.tp_size == 1, "without --tp-size 2 or more"),
+            (
+                "max-mamba-cache-size",
+                self.max_mamba_cache_size is not None and self.disable_radix_cache,
+                "with --disable-radix-cache: only running requests have states",
+            ),
+        )
+        for flag, does_nothing, why in idle:
+            if does_nothing:
+                logger.warning("--%s does nothing %s", flag, why)
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> None:

@@ -210,14 +210,6 @@ def put_back(runner: ModelRunner, saved: Sequence[torch.Tensor]) -> None:
         tensor.copy_(was)
 
 
-def make_noise(runner: ModelRunner) -> None:
-    """Fill keys, values and states with noise: what a request has not written, it must not use."""
-    assert runner.mamba_pool is not None
-    generator = torch.Generator(runner.device).manual_seed(0)
-    for tensor in [*runner.kv_pool.tensors(), *runner.mamba_pool.tensors()]:
-        tensor.normal_(generator=generator)
-
-
 @dataclass
 class Outcome:
     """What one forward gave: logits, and all states after it."""

@@ -146,6 +146,19 @@ def run_prompts(
     return [torch.cat(parts) for parts in outputs]
 
 
+def pools(runner: ModelRunner) -> list[torch.Tensor]:
+    """Keys, values and states of all requests."""
+    states = [] if runner.mamba_pool is None else runner.mamba_pool.tensors()
+    return [*runner.kv_pool.tensors(), *states]
+
+
+def make_noise(runner: ModelRunner) -> None:
+    """Fill the pools with noise: what a request has not written, it must not use."""
+    generator = torch.Generator(runner.device).manual_seed(0)
+    for tensor in pools(runner):
+        tensor.normal_(generator=generator)
+
+
 def poison(runner: ModelRunner) -> None:
     """Fill the graphs' pool with NaN: what a replay reads, it must have written."""
     graphs = runner.graph_runners[0]

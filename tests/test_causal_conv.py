@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_support import CHUNK, Plan
 
 from breakgraph.graph import BreakableCUDAGraph, BreakableCUDAGraphCapture
 from breakgraph.kernels.causal_conv import (
@@ -24,48 +23,7 @@ from breakgraph.kernels.causal_conv import (
     causal_conv_step_reference,
 )
 
-CHUNK = 16
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-
-@dataclass
-class Plan:
-    """Packed requests; the trailing ``spare`` ones are empty, as are the padding chunks."""
-
-    cu_seqlens: torch.Tensor
-    initial_slots: torch.Tensor
-    final_slots: torch.Tensor
-    chunks: torch.Tensor
-
-    @classmethod
-    def of(
-        cls,
-        lengths: Sequence[int],
-        initial: Sequence[int],
-        final: Sequence[int],
-        *,
-        spare: int = 2,
-        padding_chunks: int = 3,
-        chunk_size: int = CHUNK,
-        device: str = "cpu",
-    ) -> Plan:
-        padded = [*lengths, *[0] * spare]
-        cut = [
-            (request, at)
-            for request, length in enumerate(lengths)
-            for at in range(-(-length // chunk_size))
-        ]
-        cut += [(len(padded) - 1, 0)] * (padding_chunks if spare else 0)
-
-        def ints(values: Any) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        return cls(
-            F.pad(ints(padded).cumsum(0, dtype=torch.int32), (1, 0)),
-            ints([*initial, *[-1] * spare]),
-            ints([*final, *[0] * spare]),
-            ints(cut).view(-1, 2),
-        )
 
 
 @dataclass
@@ -213,17 +171,15 @@ def test_padded_steps_may_share_a_slot() -> None:
 
 def test_a_captured_call_reads_the_plan_at_replay() -> None:
     x, layer = rows_of(40, 6), Layer.random(6)
-    first = Plan.of([5, 30], [-1, 2], [1, 2], spare=3, padding_chunks=4)
+    fixed = Plan.of([5, 30], [-1, 2], [1, 2], spare=3, padding_chunks=4)
     second = Plan.of([20, 1, 15], [4, 1, -1], [4, 1, 2], spare=2, padding_chunks=3)
-    fixed, graph, out = replace(first), BreakableCUDAGraph(), torch.empty(40, 6)
+    graph, out = BreakableCUDAGraph(), torch.empty(40, 6)
     with BreakableCUDAGraphCapture(graph, device="cpu"):
         causal_conv(
             *(x, layer.weight, layer.bias, layer.conv_state, fixed.cu_seqlens),
             *(fixed.initial_slots, fixed.final_slots, fixed.chunks, CHUNK, out),
         )
-    for name in ("cu_seqlens", "initial_slots", "final_slots", "chunks"):
-        wanted = getattr(second, name)
-        getattr(fixed, name)[: len(wanted)] = wanted
+    fixed.copy_(second)
     out.fill_(7.0)
     expected, state = by_token(x, layer, second, out)
     graph.replay()
@@ -307,8 +263,7 @@ def test_a_cuda_graph_reads_the_plan_at_replay() -> None:
         Plan.of([66, 64, 2, 1], [1, -1, 3, 4], [1, 2, 3, 5], spare=1, padding_chunks=1, **where),
         Plan.of([200], [2], [2], spare=4, padding_chunks=2, **where),
     ):
-        for name in ("cu_seqlens", "initial_slots", "final_slots", "chunks"):
-            getattr(fixed, name).copy_(getattr(plan, name))
+        fixed.copy_(plan)
         out.fill_(7.0)
         expected, state = by_token(x, layer, plan, out)
         graph.replay()

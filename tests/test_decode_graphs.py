@@ -12,7 +12,14 @@ import torch
 from decode_support import Decoder, assert_close, make_runner, without_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_support import VOCAB, make_reference, poison, random_prompts, save_checkpoint
+from models_support import (
+    VOCAB,
+    make_noise,
+    make_reference,
+    poison,
+    random_prompts,
+    save_checkpoint,
+)
 
 from breakgraph.forward import ForwardBatch
 from breakgraph.graph import (
@@ -37,9 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=DEVICES)
 def runner(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[ModelRunner]:
     runner = make_runner(checkpoint, request.param)
-    generator = torch.Generator(runner.device).manual_seed(0)
-    for cache in runner.kv_pool.tensors():
-        cache.normal_(generator=generator)
+    make_noise(runner)
     yield runner
     del runner
 

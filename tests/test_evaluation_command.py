@@ -143,12 +143,16 @@ def test_a_busy_server_is_asked_again_and_a_refusal_ends_the_run(fake: Fake, gsm
         (["--base-url", "http://x", "--compare", "eager"], "--eager-url go together"),
         (["--base-url", "x"], "no address; write http://HOST:PORT"),
         (["--base-url", "http://127.0.0.1:9"], "gives no answer.*is a server there"),
-        (["--model-path", str(MODEL), "--compare", "eager"], "needs --enable-breakable-cuda-graph"),
+        (["--model-path", str(MODEL), "--compare", "eager"], "has no graphs to compare with"),
         (
             ["--model-path", str(MODEL), "--max-gap", "1"],
             "--max-gap does nothing without --compare",
         ),
-        (["--model-path", "no-such"], "no-such.*config.json"),
+        (["--model-path", "no-such"], "no-such is not a folder"),
+        (  # full graphs are graphs to compare with
+            ["--model-path", "x", "--compare", "eager", "--cuda-graph-backend-prefill", "full"],
+            "x is not a folder",
+        ),
         (["--num-questions", "1"], "--model-path is required"),
         (["--model-path", str(MODEL), "--output", "/no/such/r.json"], "no folder /no/such"),
         (["--model-path", str(MODEL), "--num-shots", "-1"], "--num-shots is at least 0"),

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hybrid_support import Requests, make_hybrid_runner, make_noise, outcomes, save_hybrid
+from hybrid_support import Requests, make_hybrid_runner, outcomes, save_hybrid
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_support import make_reference, poison, random_prompts, save_checkpoint
+from models_support import make_noise, make_reference, poison, random_prompts, save_checkpoint
+from prefill_support import BUCKETS, assert_replay_equals_eager, make_batch, make_runner
 from test_hybrid_graphs import assert_same_outcome
 from test_mla import make_deepseek
-from test_prefill_graphs import assert_replay_equals_eager, make_batch, make_runner
 
 from breakgraph.attention import Attention, TorchFlashBackend, TorchNativeBackend
 from breakgraph.distributed import SINGLE
@@ -33,7 +33,6 @@ from breakgraph.runner.ladders import Ladders
 from breakgraph.runner.measuring import CostFile, CostMeter, costs_of
 from breakgraph.server_args import ServerArgs
 
-BUCKETS = (16, 32, 64, 128)
 SLOTS = 4
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FULL: dict[str, Any] = {
@@ -54,7 +53,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runner(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[ModelRunner]:
     flags = {} if request.param == "cpu" else {"attention_backend": "torch_flash"}
     runner = make_runner(checkpoint, request.param, **FULL, **flags)
-    fill_with_noise(runner)
+    make_noise(runner)
     yield runner
     del runner
 
@@ -62,12 +61,6 @@ def runner(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[ModelRu
 @pytest.fixture(scope="module")
 def auto(checkpoint: Path) -> ModelRunner:
     return make_runner(checkpoint, "cpu", **AUTO)
-
-
-def fill_with_noise(runner: ModelRunner) -> None:
-    generator = torch.Generator(runner.device).manual_seed(0)
-    for cache in runner.kv_pool.tensors():
-        cache.normal_(generator=generator)
 
 
 def plain(lengths: list[int], seed: int = 0) -> ForwardBatch:
@@ -306,9 +299,7 @@ def test_attention_that_no_backend_has_still_breaks(tmp_path: Path) -> None:
     assert runner.full_graph_runner.graphs[32].num_breaks == 2
 
 
-def test_debug_mode_runs_python_each_time(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_debug_mode_runs_python_each_time(checkpoint: Path) -> None:
     runner = make_runner(checkpoint, "cpu", **FULL, debug_cuda_graph=True)
     expected = runner.forward(plain([20, 3]), allow_graph=False).next_token_logits
     result = runner.forward(plain([20, 3]))
@@ -470,7 +461,7 @@ def planted(way: str) -> dict[str, dict[int, dict[int, float]]]:
 
 
 def test_a_second_start_reads_what_the_first_measured(
-    checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("breakgraph.runner.graph_maker.GraphMaker.measures", True)
     meter = "breakgraph.runner.measuring.CostMeter.measure"
@@ -702,7 +693,7 @@ def test_auto_is_close_to_eager_on_a_gpu(tmp_path: Path, attention: str) -> None
     model = make_reference("Qwen3ForCausalLM", head_dim=64, max_position_embeddings=192)
     folder = save_checkpoint(model, tmp_path)
     runner = make_runner(folder, "cuda", **AUTO, attention_backend=attention)
-    fill_with_noise(runner)
+    make_noise(runner)
     shapes = [[(60, 0)], [(5, 0)] * 3, [(128, 0)], [(1, 0)] * 4, [(3, 0)] * 9, [(7, 5), (20, 40)]]
     for seed, lengths in enumerate(shapes):
         batch = make_batch(lengths, seed)

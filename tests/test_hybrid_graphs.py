@@ -18,7 +18,6 @@ from hybrid_support import (
     Requests,
     make_hybrid_engine,
     make_hybrid_runner,
-    make_noise,
     outcomes,
     put_back,
     save_hybrid,
@@ -26,7 +25,7 @@ from hybrid_support import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_support import VOCAB, make_reference, random_prompts, save_checkpoint
+from models_support import VOCAB, make_noise, make_reference, random_prompts, save_checkpoint
 
 from breakgraph.attention import Attention, RadixLinearAttention
 from breakgraph.forward import ForwardBatch

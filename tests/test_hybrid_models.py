@@ -18,10 +18,15 @@ from hybrid_support import (
     make_hybrid,
     make_hybrid_engine,
     make_hybrid_runner,
-    make_noise,
     save_hybrid,
 )
-from models_support import edit_config, make_reference, random_prompts, save_checkpoint
+from models_support import (
+    edit_config,
+    make_noise,
+    make_reference,
+    random_prompts,
+    save_checkpoint,
+)
 from safetensors.torch import load_file, save_file
 
 from breakgraph import Engine

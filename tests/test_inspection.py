@@ -29,6 +29,7 @@ from breakgraph.server_args import ServerArgs
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "arithmetic"
 MODEL = ["--model-path", str(EXAMPLES / "qwen3"), "--device", "cpu"]
+FULL = ["--cuda-graph-backend-prefill", "full"]
 NO_FLAGS = {"tokens": None, "lengths": None, "prompt": None}
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -262,6 +263,11 @@ def test_the_command_writes_the_page_and_prints_the_summary(
     assert f"wrote {out}" in said and "2 requests" in out.read_text(encoding="utf-8")
 
 
+def test_a_full_graph_is_one_segment(capsys: pytest.CaptureFixture[str]):
+    assert main(["inspect", *MODEL, *FULL, "--tokens", "16", "--log-level", "warning"]) == 0
+    assert "There is no break: the whole stack is one segment." in capsys.readouterr().out
+
+
 def test_only_the_bucket_that_is_looked_at_is_captured():
     args = ServerArgs(model_path="m", device="cpu", cuda_graph_bs=(1, 2), page_size=16)
     one = one_bucket(args, [20, 30])
@@ -279,6 +285,14 @@ def test_only_the_bucket_that_is_looked_at_is_captured():
         (["--tokens", "40", "--piecewise-cuda-graph-tokens", "32"], "no graph .*bucket is 32"),
         (["--tokens", "17", "--max-prefill-padding", "1.1"], "no graph .*--max-prefill-padding"),
         (["--tokens", "5", "--cuda-graph-backend-prefill", "disabled"], "leave it out"),
+        (
+            [*FULL, "--lengths", "5,6,5", "--prefill-graph-requests", "2"],
+            "no graph to inspect: 16 tokens .*raise --prefill-graph-requests$",
+        ),
+        (
+            [*FULL, "--tokens", "16", "--cuda-graph-memory-budget", "1e-9"],
+            "no graph to inspect: .*raise --cuda-graph-memory-budget$",
+        ),
         (["--prompt", "a", "--skip-tokenizer-init"], "--prompt needs a tokenizer"),
         (["--tokens", "5", "--tp-size", "2"], "leave out --tp-size"),
         (["--tokens", "5", "--html", "no-such-folder/a.html"], "its folder does not exist"),

@@ -12,30 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_support import VOCAB, make_reference, poison, save_checkpoint
+from models_support import VOCAB, make_noise, make_reference, save_checkpoint
+from prefill_support import BUCKETS, SLOTS, assert_replay_equals_eager, make_batch, make_runner
 
 from breakgraph.forward import ForwardBatch, LayerInputs, get_forward_context
 from breakgraph.graph import ForeignReadError, RefusedOpError
 from breakgraph.runner import DispatchReason, GraphCaptureError, ModelRunner
 from breakgraph.runner.costs import ForwardTimes, Line, PrefillCosts
-from breakgraph.server_args import ServerArgs
 
-BUCKETS = (16, 32, 64, 128)
-SLOTS = 512
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def make_runner(folder: Path, device: str, **flags: Any) -> ModelRunner:
-    settings: dict[str, Any] = {
-        "enable_breakable_cuda_graph": True,
-        "piecewise_cuda_graph_tokens": BUCKETS,
-        "chunked_prefill_size": BUCKETS[-1],
-        "max_total_tokens": SLOTS,
-        "max_running_requests": 16,
-        "prefill_dispatch": "always",
-        "dtype": "float32" if device == "cpu" else "bfloat16",
-    }
-    return ModelRunner(ServerArgs(model_path=str(folder), device=device, **(settings | flags)))
 
 
 @pytest.fixture(scope="module")
@@ -47,39 +32,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=DEVICES)
 def runner(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[ModelRunner]:
     runner = make_runner(checkpoint, request.param)
-    generator = torch.Generator(runner.device).manual_seed(0)
-    for cache in runner.kv_pool.tensors():
-        cache.normal_(generator=generator)
+    make_noise(runner)
     yield runner
     del runner
-
-
-def make_batch(lengths: list[tuple[int, int]], seed: int = 0, **fields: Any) -> ForwardBatch:
-    """Requests of ``(new, prefix)`` tokens on random slots of a pool that is full of noise."""
-    draw = np.random.default_rng(seed)
-    slots = draw.permutation(SLOTS) + 1
-    ends = np.cumsum([new + prefix for new, prefix in lengths])
-    rows = [slots[end - sum(both) : end] for end, both in zip(ends, lengths, strict=True)]
-    return ForwardBatch.from_requests(
-        [draw.integers(0, VOCAB, new).tolist() for new, _ in lengths],
-        [row[prefix:] for row, (_, prefix) in zip(rows, lengths, strict=True)],
-        [row[:prefix] for row, (_, prefix) in zip(rows, lengths, strict=True)],
-        **fields,
-    )
-
-
-def assert_replay_equals_eager(runner: ModelRunner, batch: ForwardBatch) -> None:
-    eager = runner.forward(batch, allow_graph=False).next_token_logits
-    poison(runner)
-    result = runner.forward(batch)
-    assert result.dispatch.reason is DispatchReason.REPLAYED
-    assert eager is not None and result.next_token_logits is not None
-    if runner.device.type == "cpu":
-        torch.testing.assert_close(result.next_token_logits, eager, rtol=1e-5, atol=1e-5)
-    elif result.dispatch.bucket == batch.num_tokens:
-        assert torch.equal(result.next_token_logits, eager)
-    else:
-        torch.testing.assert_close(result.next_token_logits, eager, rtol=2e-2, atol=0.15)
 
 
 @st.composite

@@ -20,7 +20,7 @@ import pytest
 import torch
 from engine_support import save_byte_model
 from hybrid_support import HYBRIDS, make_hybrid_engine, make_hybrid_runner, save_hybrid
-from models_support import VOCAB, make_reference, save_checkpoint
+from models_support import VOCAB, make_noise, make_reference, pools, save_checkpoint
 
 from breakgraph import is_in_breakable_cuda_graph
 from breakgraph.attention import TorchNativeBackend
@@ -56,15 +56,8 @@ def hybrid_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_runner(folder: Path, **flags: Any) -> ModelRunner:
     """A verified runner whose pools are full of noise."""
     runner = make_hybrid_runner(folder, **VERIFIED | flags)
-    generator = torch.Generator(runner.device).manual_seed(0)
-    for buffer in pools(runner):
-        buffer.normal_(generator=generator)
+    make_noise(runner)
     return runner
-
-
-def pools(runner: ModelRunner) -> list[torch.Tensor]:
-    states = [] if runner.mamba_pool is None else runner.mamba_pool.tensors()
-    return [*runner.kv_pool.tensors(), *states]
 
 
 def make_batch(runner: ModelRunner, seed: int = 0) -> ForwardBatch:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from breakgraph.attention.base import AttentionBackend, Refusal
+from breakgraph.attention.base import AttentionBackend
 from breakgraph.attention.layer import Attention
 from breakgraph.attention.tile_schedule import (
     ScheduleLayout,
@@ -174,12 +174,6 @@ class FlashInferBackend(AttentionBackend):
         pages = layer.k_cache.unsqueeze(1), layer.v_cache.unsqueeze(1)
         cache = self._caches[layer] = _Cache(layer.k_cache, *pages, tail(layer.scale))
         return cache
-
-    def refuses(self, batch: ForwardBatch) -> Refusal | None:
-        keys = batch.num_tokens + len(batch.prefix_slots)
-        if self.capturable and keys > self._max_context_tokens:
-            return "cached_prefix_in_full_graph"
-        return super().refuses(batch)
 
     def _check_room(self, batch: ForwardBatch) -> None:
         keys = batch.num_tokens + len(batch.prefix_slots)

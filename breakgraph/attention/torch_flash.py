@@ -17,6 +17,7 @@ import torch
 from breakgraph.attention.base import AttentionBackend
 from breakgraph.attention.layer import Attention
 from breakgraph.attention.packed_lengths import PackedLengths
+from breakgraph.attention.tile_schedule import write_key_slots
 from breakgraph.forward import ForwardBatch, HostStaging, LayerInputs
 from breakgraph.kernels.packed_attention import packed_flash_attention
 
@@ -81,7 +82,7 @@ class TorchFlashBackend(AttentionBackend):
         np.cumsum(batch.extend_lens, out=cu[1 : size + 1])
         np.cumsum(key_lens, out=cu[size + 2 :])
         if num_keys:
-            _key_slots(batch, host[size + 1 : count])
+            write_key_slots(batch, host[size + 1 : count])
         device = self._staging.send(count)
         cu_device = device[: size + 1].view(torch.int32)
         self._plan = _Plan(
@@ -138,12 +139,3 @@ class TorchFlashBackend(AttentionBackend):
             window_size_right=layer.right if layer.right != 0 else None,
         )[0]
         out.copy_(mixed)
-
-
-def _key_slots(batch: ForwardBatch, into: np.ndarray) -> None:
-    """Write each request's prefix slots, then its new slots, request after request."""
-    at = new = old = 0
-    for extend, prefix in zip(batch.extend_lens.tolist(), batch.prefix_lens.tolist(), strict=True):
-        into[at : at + prefix] = batch.prefix_slots[old : old + prefix]
-        into[at + prefix : at + prefix + extend] = batch.out_cache_loc[new : new + extend]
-        at, new, old = at + prefix + extend, new + extend, old + prefix

@@ -156,9 +156,12 @@ def _evaluate(namespace: argparse.Namespace) -> int:
     _check(namespace)
     args = ServerArgs.from_cli_args(namespace) if namespace.base_url is None else None
     log_to_stderr(getattr(namespace, "log_level", "warning") if args is None else args.log_level)
-    graphs = args is None or args.resolved().cuda_graph_backend_prefill == "breakable"
+    graphs = args is None or args.resolved().cuda_graph_backend_prefill != "disabled"
     if namespace.compare and not graphs:
-        raise ValueError("--compare eager needs --enable-breakable-cuda-graph to compare with")
+        raise ValueError(
+            "--compare eager has no graphs to compare with: add --enable-breakable-cuda-graph, or "
+            "--cuda-graph-backend-prefill full or auto"
+        )
     paths = namespace.data_path or [public_file(namespace.task)]
     items = protocol.items(paths, namespace.num_questions, namespace.num_shots)
     asking = Asking(

@@ -97,15 +97,16 @@ def prepare(args: ServerArgs, namespace: argparse.Namespace) -> tuple[ModelRunne
         ids = PromptEncoder(tokenizer, len(tokenizer)).encode(namespace.prompt)
     lengths = [len(prompt) for prompt in ids] if ids else namespace.lengths or [namespace.tokens]
     runner = ModelRunner(one_bucket(args, lengths))
-    if not runner.prefill_graph_runners:
-        missing = resolve_layer_stack(runner.model)[1] or "its capture failed, as the log says"
-        raise ValueError(f"there is no graph to inspect: {missing}")
     if max(lengths) > runner.context_length:
         raise ValueError(
             f"a prompt of {max(lengths)} tokens is longer than the model's context of "
             f"{runner.context_length}"
         )
-    return runner, make_batch(ids or random_ids(lengths, runner.vocab_size))
+    batch = make_batch(ids or random_ids(lengths, runner.vocab_size))
+    if not runner.prefill_graph_runners:
+        missing = resolve_layer_stack(runner.model)[1] or runner.dispatch(batch).why()
+        raise ValueError(f"there is no graph to inspect: {missing}")
+    return runner, batch
 
 
 def one_bucket(args: ServerArgs, lengths: Sequence[int]) -> ServerArgs:

@@ -108,7 +108,7 @@ def inspect_forward(runner: ModelRunner, batch: ForwardBatch, repeats: int = 10)
     """
     graph = runner.forward(batch).graph
     if graph is None:
-        raise ValueError(f"there is no graph to inspect: {runner.explain(batch)}")
+        raise ValueError(f"there is no graph to inspect: {runner.dispatch(batch).describe()}")
     graphs, bucket = _found(runner, graph)
     forward_us = (  # before the profiler: it can slow launches for as long as the process lives
         _time(runner, lambda: runner.forward(batch), repeats),

@@ -33,7 +33,11 @@ class ModelLoadError(ValueError):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ModelLoadError if there is none."""
+    """The object in a JSON file of a model folder. Raises ModelLoadError if there is none."""
+    if not path.parent.is_dir():
+        raise ModelLoadError(
+            f"{path.parent} is not a folder; give a local model folder, downloaded whole"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

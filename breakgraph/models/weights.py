@@ -115,10 +115,6 @@ def _whole(name: str, tensor: torch.Tensor) -> CheckpointSlot:
 
 def _build(folder: Path) -> PrefillModel:
     """The folder's model on the meta device."""
-    if not folder.is_dir():
-        raise ModelLoadError(
-            f"{folder} is not a folder; give a local model folder, downloaded beforehand"
-        )
     path = folder / "config.json"
     raw = read_json(path)
     if "quantization_config" in raw:

@@ -156,7 +156,10 @@ class ModelRunner:
         self.graph_runner = self._make_graph_runner(graphs)
         self.linear_graph_runner = self._make_linear_graph_runner(graphs)
         self.full_graph_runner = self._make_full_graph_runner(graphs)
-        self._tune(graphs)
+        graphs.tune(
+            self.prefill_graph_runners,
+            {"attention": type(self.attn_backend).__name__, "context": self.context_length},
+        )
         self.decode_graph_runner = graphs.decode(
             self.paged_decode, self.decode_backend, self._decode_buffers
         )
@@ -275,17 +278,6 @@ class ModelRunner:
             optional=mode == "auto",
         )
 
-    def _tune(self, graphs: GraphMaker) -> None:
-        """Measure the prefill graphs; those of which none is left are gone."""
-        graphs.tune(
-            self.prefill_graph_runners,
-            {"attention": type(self.attn_backend).__name__, "context": self.context_length},
-        )
-        for name in ("graph_runner", "linear_graph_runner", "full_graph_runner"):
-            runner = getattr(self, name)
-            if runner is not None and not runner.buckets:
-                setattr(self, name, None)
-
     def _make_verifier(self) -> PrefillVerifier | None:
         rate = self.args.verify_prefill_graph
         if not rate or not self.prefill_graph_runners or self._stack is None:
@@ -302,9 +294,9 @@ class ModelRunner:
 
     @property
     def prefill_graph_runners(self) -> list[PrefillGraphRunner]:
-        """Those of prefill, the ones with the fewest breaks first."""
+        """Those of prefill that have graphs left, the ones with the fewest breaks first."""
         known = (self.full_graph_runner, self.linear_graph_runner, self.graph_runner)
-        return [runner for runner in known if runner is not None]
+        return [runner for runner in known if runner is not None and runner.buckets]
 
     @property
     def graph_runners(self) -> list[GraphRunner]:

@@ -174,9 +174,9 @@ class PrefillVerifier:
             return
         self.mismatches.append(mismatch)
         logger.error(
-            "--verify-prefill-graph: %s. The bucket is out of service: its prefills run eagerly "
-            "from now on. Its reply was sent, and cached prefixes that it wrote before stay; "
-            "restart without --enable-breakable-cuda-graph until the cause is mended",
+            "--verify-prefill-graph: %s. The bucket is out of service: no prefill replays it from "
+            "now on. Its reply was sent, and cached prefixes that it wrote before stay; restart "
+            "without prefill graphs until the cause is mended",
             mismatch.describe(),
         )
 

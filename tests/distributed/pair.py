@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +25,7 @@ from breakgraph.distributed import TensorParallelGroup
 from breakgraph.distributed.lockstep import follow
 from breakgraph.distributed.ranks import Ranks, connect, end_all
 from breakgraph.distributed.watch import when_closed
+from breakgraph.engine import PrefillResult
 from breakgraph.runner import GraphCaptureError, ModelRunner
 from breakgraph.runner.graph_runner import GraphRunner
 from breakgraph.server_args import ServerArgs
@@ -67,6 +68,19 @@ class Pair:
         text = torch.frombuffer(bytearray(json.dumps(what).encode()), dtype=torch.uint8)
         self._ranks.group.broadcast(torch.tensor([len(text)]))
         self._ranks.group.broadcast(text)
+
+
+def assert_same_prefills(
+    found: Sequence[PrefillResult], expected: Sequence[PrefillResult], reason: str
+) -> None:
+    """The same logits and log-probabilities, ``found`` dispatched for ``reason``."""
+    for ours, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            ours.next_token_logits, other.next_token_logits, atol=1e-4, rtol=1e-4
+        )
+        assert ours.reason == reason
+        pairs = zip(ours.input_token_logprobs, other.input_token_logprobs, strict=True)
+        assert all(x is y is None or abs(x - y) < 1e-3 for x, y in pairs)
 
 
 def lent(ranks: Ranks, args: ServerArgs) -> Ranks:
