@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import machine, median, timed, write_json
+from benchmarks.common import gpu_us, host_us, machine, write_json
 from breakgraph.kernels.causal_conv import causal_conv, causal_conv_step
 from breakgraph.kernels.mamba2 import mamba2_scan, mamba2_step
 
@@ -19,8 +17,6 @@ INNER, MIXED = HEADS * HEAD_DIM, HEADS * HEAD_DIM + 2 * GROUPS * STATE_DIM
 LIMITS = (0.001, float("inf"))
 BANDWIDTH = 4.3e12
 """Bytes per second of a copy on an H200, read and written."""
-
-CALLS = 10
 
 
 class Layer:
@@ -46,31 +42,6 @@ def split(mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
         b.unflatten(1, (GROUPS, STATE_DIM)),
         c.unflatten(1, (GROUPS, STATE_DIM)),
     )
-
-
-def gpu_us(call: Callable[[], object]) -> float:
-    """Microseconds of one call, in a graph of ``CALLS``."""
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    graph.replay()
-    return median([timed(graph.replay)[1] for _ in range(20)]) * 1e3 / CALLS
-
-
-def host_us(call: Callable[[], object], calls: int = 200, runs: int = 5) -> float:
-    """Microseconds that one call keeps the host, with no wait for the GPU between calls."""
-    times = []
-    for _ in range(runs):
-        call()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - began) * 1e6 / calls)
-        torch.cuda.synchronize()
-    return median(times)
 
 
 def prefill_row(tokens: int, chunk_size: int) -> dict[str, float]:

@@ -135,6 +135,8 @@ def encoder_row(shape: str, sentences: int, repeats: int) -> Row:
         max_running_requests=sentences,
         chunked_prefill_size=most,
         max_total_tokens=most,
+        cuda_graph_backend_prefill="auto",
+        prefill_graph_requests=sentences,
     ) as engine:
         runner = engine.runner
         ours, theirs = engine.embed(texts), padded_means(model, texts)

@@ -21,14 +21,20 @@ from breakgraph.server_args import ServerArgs
 
 __all__ = [
     "SHAPES",
+    "gpu_us",
+    "host_us",
     "machine",
     "median",
     "model_folder",
     "model_runner",
+    "prefill_request",
     "shape_names",
     "timed",
     "write_json",
 ]
+
+CALLS = 10
+"""Of what ``gpu_us`` times, in its graph."""
 
 
 @contextmanager
@@ -74,6 +80,31 @@ def timed(call: Callable[[], object]) -> tuple[float, float]:
     end.record()
     torch.cuda.synchronize()
     return (time.perf_counter() - began) * 1e3, start.elapsed_time(end)
+
+
+def gpu_us(call: Callable[[], object]) -> float:
+    """Microseconds of one call, in a graph of ``CALLS``."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+    graph.replay()
+    return median([timed(graph.replay)[1] for _ in range(20)]) * 1e3 / CALLS
+
+
+def host_us(call: Callable[[], object], calls: int = 200, runs: int = 5) -> float:
+    """Microseconds that one call keeps the host, with no wait for the GPU between calls."""
+    times = []
+    for _ in range(runs):
+        call()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - began) * 1e6 / calls)
+        torch.cuda.synchronize()
+    return median(times)
 
 
 def median(values: list[float]) -> float:

@@ -179,12 +179,13 @@ def flashinfer_backend(
     Raises:
         ValueError: it was ``asked`` for and cannot serve them.
     """
-    # Where it serves a model it is the faster one. On an H200 in bfloat16, 32 heads of 128 over 8,
-    # FlashAttention-2 takes 6.9, 11, 25, 61, 517 and 1757 µs for one request of 16, 128, 512, 1024,
-    # 4096 and 8192 tokens, and this takes 6.1, 6.6, 11, 21, 210 and 800; for 16 tokens behind 8000
-    # cached ones 262 and 114. A break keeps the host for 28 µs, 51 where a prefix is gathered, and
-    # here for 8. Plans take about 35 both. Only a decode that runs as a prefill, 64 requests of one
-    # token behind 1024, is as slow (266 and 285).
+    # Where it serves a model it is the faster one (python -m benchmarks.bench_attention). On an
+    # H200 in bfloat16, 32 heads of 128 over 8, FlashAttention-2 takes 6.9, 11, 25, 61, 517 and
+    # 1757 µs for one request of 16, 128, 512, 1024, 4096 and 8192 tokens, and this takes 6.1,
+    # 6.6, 11, 21, 210 and 800; for 16 tokens behind 8000 cached ones 262 and 114. A break keeps
+    # the host for 28 µs, 51 where a prefix is gathered, and here for 8. Plans take about 35 both.
+    # Only a decode that runs as a prefill, 64 requests of one token behind 1024, is as slow (266
+    # and 285).
     latent = any(isinstance(layer, LatentAttention) for layer in layers)
     why = "it has no latent attention" if latent else unserved(layers, dtype, device)
     if why is None:
