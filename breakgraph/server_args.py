@@ -53,8 +53,8 @@ class ServerArgs:
     )
     enable_torch_compile: bool = _flag(
         False,
-        "compile norms and feed-forward blocks of a model that runs through its transformers "
-        "class; start-up says how long that took",
+        "of a model that runs through its transformers class, compile what it does to each row "
+        "alone and no fused kernel does; start-up says how long that took",
     )
     device: Literal["auto", "cuda", "cpu"] = _flag("auto", "auto is cuda where torch sees one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
