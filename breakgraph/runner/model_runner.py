@@ -311,29 +311,14 @@ class ModelRunner:
             return Dispatch(None, reason, batch.num_tokens, mode=batch.mode)
         if batch.mode is ForwardMode.DECODE and self.decode_graph_runner is not None:
             return self.decode_graph_runner.can_run(batch)
-        if batch.mode is ForwardMode.PREFILL and self.prefill_graph_runners:
-            return self._cheapest(batch)
+        if batch.mode is ForwardMode.PREFILL and (runners := self.prefill_graph_runners):
+            return _cheapest(runners, batch)
         enabled = self.args.cuda_graph_backend_prefill != "disabled"
         if batch.mode is ForwardMode.DECODE:
             enabled = self.args.cuda_graph_backend_decode != "disabled" and self._stack is None
         reason = DispatchReason.NO_LAYER_STACK if enabled else DispatchReason.DISABLED
         reason = self._not_captured.get(batch.mode, reason)
         return Dispatch(None, reason, batch.num_tokens, mode=batch.mode)
-
-    def _cheapest(self, batch: ForwardBatch) -> Dispatch:
-        """Of the prefill graphs that can serve ``batch``, those that were measured to be fastest,
-        or where that is not known those with the fewest breaks."""
-        runners = self.prefill_graph_runners
-        found = [runner.can_run(batch) for runner in runners]
-        times = {
-            index: runner.expected_ms(dispatch, batch)
-            for index, (runner, dispatch) in enumerate(zip(runners, found, strict=True))
-            if dispatch.bucket is not None
-        }
-        chosen = min(times, key=times.__getitem__) if times else len(found) - 1
-        if not chosen:
-            return found[0]
-        return replace(found[chosen], passed_over=tuple(found[:chosen]))
 
     def _runner_of(self, dispatch: Dispatch) -> GraphRunner | None:
         """Who replays what ``dispatch`` decides for, or would if it did."""
@@ -464,3 +449,16 @@ class ModelRunner:
             hidden, self.model.logits_head, filled.last_rows, filled.logprob_targets
         )
         return ForwardResult(dispatch, logits.next_token_logits, logits.input_token_logprobs)
+
+
+def _cheapest(runners: Sequence[PrefillGraphRunner], batch: ForwardBatch) -> Dispatch:
+    """Of the prefill graphs that can serve ``batch``, those that were measured to be fastest,
+    or where that is not known those with the fewest breaks."""
+    found = [runner.can_run(batch) for runner in runners]
+    able = [index for index, dispatch in enumerate(found) if dispatch.bucket is not None]
+    chosen = able[0] if able else len(found) - 1
+    if len(able) > 1:
+        chosen = min(able, key=lambda index: runners[index].expected_ms(found[index], batch))
+    if not chosen:
+        return found[0]
+    return replace(found[chosen], passed_over=tuple(found[:chosen]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from hybrid_support import save_hybrid
 from hypothesis import given
 from hypothesis import strategies as st
 from models_support import make_reference, random_prompts, save_checkpoint
-from pair import Pair, assert_same_prefills
+from pair import assert_same_prefills
 
 from breakgraph import Engine
 from breakgraph.distributed import TensorParallelGroup, current_group, expert_group
@@ -28,6 +27,8 @@ from breakgraph.layers.moe_experts import GatedExperts
 from breakgraph.runner.buckets import Dispatch
 from breakgraph.runner.data_parallel import RankedForward
 from breakgraph.server_args import ServerArgs
+
+pytestmark = pytest.mark.usefixtures("in_pair")
 
 SIZES = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MOE = {**SIZES, "num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": [], "head_dim": 8}
@@ -65,20 +66,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "replayed": {**BREAKABLE, "cuda_graph_bs": [1, 4]},
 }
 PROMPTS = random_prompts([1, 5, 23, 40, 3, 64, 17])
-
-
-@pytest.fixture(scope="module")
-def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    """Two ranks, or as many as a test is given."""
-    pair = Pair(getattr(request, "param", 2))
-    yield pair
-    pair.stop()
-
-
-@pytest.fixture(autouse=True)
-def in_pair(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair.fails = None
-    monkeypatch.setattr("breakgraph.engine.engine.start_ranks", pair.start_ranks)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from pair import Pair, assert_same_prefills
 from breakgraph import Engine
 from breakgraph.distributed import TensorParallelGroup
 from breakgraph.runner import GraphCaptureError
+
+pytestmark = pytest.mark.usefixtures("in_pair")
 
 MOE = {
     "num_experts": 4,
@@ -47,19 +48,6 @@ QWEN3_NEXT = [name for name in HYBRIDS if name.startswith("qwen3_next")]
 AUTO = {**BREAKABLE, "cuda_graph_bs": [1, 4], "cuda_graph_backend_prefill": "auto"}
 LINEAR = {**BREAKABLE, "cuda_graph_bs": [1, 4], "linear_attention_capture": 4}
 PROMPTS = random_prompts([1, 5, 23, 40])
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    pair = Pair()
-    yield pair
-    pair.stop()
-
-
-@pytest.fixture(autouse=True)
-def in_pair(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair.fails = None
-    monkeypatch.setattr("breakgraph.engine.engine.start_ranks", pair.start_ranks)
 
 
 @pytest.fixture(scope="module")
