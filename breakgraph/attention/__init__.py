@@ -9,7 +9,7 @@ from breakgraph.attention.latent_backends import (
     LatentPrefillBackend,
 )
 from breakgraph.attention.latent_plan import LatentShape
-from breakgraph.attention.layer import Attention
+from breakgraph.attention.layer import Attention, beyond_causal
 from breakgraph.attention.linear_attention import (
     ExtendPlan,
     LinearAttentionBackend,
@@ -20,12 +20,14 @@ from breakgraph.attention.linear_attention import (
 )
 from breakgraph.attention.mla import LatentAttention
 from breakgraph.attention.paged_decode import PagedDecodeBackend, SlotMirror
+from breakgraph.attention.tiled import ByRowsBackend, TiledBackend
 from breakgraph.attention.torch_flash import TorchFlashBackend
 from breakgraph.attention.torch_native import TorchNativeBackend
 
 __all__ = [
     "Attention",
     "AttentionBackend",
+    "ByRowsBackend",
     "ExtendPlan",
     "FlashInferBackend",
     "FlashLatentPrefillBackend",
@@ -41,6 +43,8 @@ __all__ = [
     "RadixLinearAttention",
     "SlotMirror",
     "StepPlan",
+    "TiledBackend",
     "TorchFlashBackend",
     "TorchNativeBackend",
+    "beyond_causal",
 ]

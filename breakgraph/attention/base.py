@@ -50,8 +50,14 @@ class AttentionBackend(ABC):
         return None
 
     @abstractmethod
-    def init_forward_metadata(self, batch: ForwardBatch) -> None:
-        """Plan ``batch`` from its host lengths, with no device-to-host sync."""
+    def init_forward_metadata(self, batch: ForwardBatch, rows: int | None = None) -> None:
+        """Plan ``batch`` from its host lengths, with no device-to-host sync.
+
+        Args:
+            batch: at least one token.
+            rows: of the forward, its padding with them; None for as many as tokens. What is
+                captured may differ by it, never by anything else of the batch.
+        """
 
     def begin_layers(self, inputs: LayerInputs) -> None:  # noqa: B027
         """Run once before the first layer, captured with the layers; most need nothing."""
@@ -72,7 +78,6 @@ class AttentionBackend(ABC):
             q: ``[rows, num_heads, head_dim]``, rows at or past ``num_tokens`` are padding.
             k: ``[rows, num_kv_heads, head_dim]``.
             v: ``[rows, num_kv_heads, head_dim]``.
-            out: ``[rows, num_heads, head_dim]``. In a break padded rows are left as they are, which
-                is zero. A ``capturable`` backend finds whatever the memory held before, and leaves
-                finite numbers in every row.
+            out: ``[rows, num_heads, head_dim]``, finite; it may be ``q`` itself. Padded rows are
+                left as they are, or made finite numbers again.
         """

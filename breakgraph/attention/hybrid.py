@@ -25,8 +25,8 @@ class HybridAttentionBackend(AttentionBackend):
     def tensors(self) -> list[torch.Tensor]:
         return [*self.full.tensors(), *self.linear.tensors()]
 
-    def init_forward_metadata(self, batch: ForwardBatch) -> None:
-        self.full.init_forward_metadata(batch)
+    def init_forward_metadata(self, batch: ForwardBatch, rows: int | None = None) -> None:
+        self.full.init_forward_metadata(batch, rows)
         self.linear.init_forward_metadata(batch)
 
     def begin_layers(self, inputs: LayerInputs) -> None:

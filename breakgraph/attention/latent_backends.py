@@ -74,7 +74,7 @@ class LatentPrefillBackend(AttentionBackend):
         self._staging = HostStaging(4 * (max_requests + 1) + max_context_tokens, device)
         self._plan: _Plan | None = None
 
-    def init_forward_metadata(self, batch: ForwardBatch) -> None:
+    def init_forward_metadata(self, batch: ForwardBatch, rows: int | None = None) -> None:
         parts = plan_prefixes(batch, self.shape, self.chunk_tokens, self.absorbed_tokens)
         new_lens = batch.extend_lens.tolist()
         lens: list[tuple[Sequence[int], Sequence[int]]] = [(new_lens, new_lens)]

@@ -5,6 +5,8 @@ A backend whose plan lies in device memory (decode) is captured as well.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -53,19 +55,27 @@ class Attention(nn.Module):
         self.v_cache.index_copy_(0, out_cache_loc, v)
         return self.attend(q, k, v)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Attend over k and v, stored already, and the cached tokens before them.
 
+        Args:
+            q: ``[rows, num_heads, head_dim]``.
+            k: ``[rows, num_kv_heads, head_dim]``.
+            v: as k.
+            out: like q, for the result: finite, because padded rows may be left as they are. It
+                may be q itself, which costs neither memory nor a launch. None makes one of zeros.
+
         Returns:
-            ``[rows, num_heads, head_dim]``; padded rows are zero, or what a captured backend puts
-            there.
+            ``out``.
         """
+        if out is None:
+            out = torch.zeros_like(q)
         backend = get_forward_context().attn_backend
         if backend.capturable:
-            out = torch.empty_like(q)
             backend.forward(self, q, k, v, out)
         else:
-            out = torch.zeros_like(q)
             self.mix(q, k, v, out)
         return out
 
@@ -75,3 +85,15 @@ class Attention(nn.Module):
         context = get_forward_context()
         if context.batch.num_tokens:  # an idle rank has none, and no plan
             context.attn_backend.forward(self, q, k, v, out)
+
+
+def beyond_causal(layers: Sequence[Attention]) -> str | None:
+    """Why one plan of causal attention cannot serve all ``layers``, as a sentence, or None."""
+    shapes = {(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in layers}
+    if len(shapes) > 1:
+        return f"the model's attention layers differ in their heads: {sorted(shapes)}"
+    limits = {limit for layer in layers for limit in getattr(layer, "limits", ())}
+    if limits or any(layer.left is not None or layer.right != 0 for layer in layers):
+        said = ", ".join(sorted(limits)) or "windows, or tokens that see later ones"
+        return f"it serves causal attention alone, and the model has {said}"
+    return None

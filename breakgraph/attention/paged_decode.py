@@ -75,7 +75,7 @@ class PagedDecodeBackend(AttentionBackend):
         self.mirror = mirror
         self._inputs: DecodeInputs | None = None
 
-    def init_forward_metadata(self, batch: ForwardBatch) -> None:
+    def init_forward_metadata(self, batch: ForwardBatch, rows: int | None = None) -> None:
         if batch.rows is not None:
             self.mirror.sync(batch.rows, batch.prefix_lens)
 

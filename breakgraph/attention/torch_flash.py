@@ -65,7 +65,7 @@ class TorchFlashBackend(AttentionBackend):
     def tensors(self) -> list[torch.Tensor]:
         return [] if self._lengths is None else [self._lengths.cu_seqlens]
 
-    def init_forward_metadata(self, batch: ForwardBatch) -> None:
+    def init_forward_metadata(self, batch: ForwardBatch, rows: int | None = None) -> None:
         if self._lengths is not None:
             self._lengths.send(batch)
             return

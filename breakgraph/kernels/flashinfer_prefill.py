@@ -67,16 +67,17 @@ def flashinfer_prefill(
     torch.ops.breakgraph.flashinfer_prefill(q, k, v, schedule, offsets, key_slots, scale, out)
 
 
-def plan_of(table_start: int, works: int) -> list[int]:
+def plan_of(ends_start: int, table_start: int, works: int) -> list[int]:
     """What a run takes as its plan: where the arrays of a schedule lie, in bytes.
 
     Args:
-        table_start: of the table of works, in int32 entries.
+        ends_start: of the processors' ends, in int32 entries.
+        table_start: of the table of works, likewise.
         works: that the table has room for.
     """
     tile, query, key, queries, keys, head = (4 * (table_start + row * works) for row in range(6))
     # Which request a work is of (the last but one) is read by no variant of ours: any array does.
-    return [tile, query, key, queries, keys, head, 0, tile, 0]
+    return [tile, query, key, queries, keys, head, 4 * ends_start, tile, 0]
 
 
 def geometry(device: torch.device, head_dim: int) -> tuple[int, int]:

@@ -82,7 +82,7 @@ class DenseAttention(nn.Module):
         q, k = rotate_and_store(
             self.attn, q, k, v, cos_sin, out_cache_loc, self.q_norm, self.k_norm
         )
-        return self.o_proj.add_to(residual, self.attn.attend(q, k, v).flatten(1))
+        return self.o_proj.add_to(residual, self.attn.attend(q, k, v, out=q).flatten(1))
 
 
 class DenseLayer(nn.Module):

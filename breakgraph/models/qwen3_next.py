@@ -71,7 +71,7 @@ class GatedAttention(nn.Module):
         q, k = rotate_and_store(
             self.attn, q, k, v, cos_sin, out_cache_loc, self.q_norm, self.k_norm
         )
-        mixed = self.attn.attend(q, k, v).mul_(gate.sigmoid())
+        mixed = self.attn.attend(q, k, v, out=q).mul_(gate.sigmoid())
         return self.o_proj.add_to(residual, mixed.flatten(1))
 
 

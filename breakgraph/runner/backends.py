@@ -11,6 +11,7 @@ import torch
 from breakgraph.attention import (
     Attention,
     AttentionBackend,
+    ByRowsBackend,
     FlashInferBackend,
     FlashLatentPrefillBackend,
     HybridAttentionBackend,
@@ -22,10 +23,13 @@ from breakgraph.attention import (
     PagedDecodeBackend,
     RadixLinearAttention,
     SlotMirror,
+    TiledBackend,
     TorchFlashBackend,
     TorchNativeBackend,
+    beyond_causal,
 )
 from breakgraph.attention.flashinfer import unserved
+from breakgraph.kernels.tiled_attention import rows_of_wave
 
 if TYPE_CHECKING:
     from breakgraph.memory import MambaPool
@@ -71,10 +75,38 @@ def static_prefill_backend(
     asked = args.attention_backend == "torch_native"
     if isinstance(full, TorchNativeBackend) and device.type == "cuda" and not asked:
         return None  # its scores of all rows with all would take gigabytes of a long bucket
+    full = _few_rows_tiled(full, model, args, dtype, device, chunk_size)
     if mamba_pool is None:
         return full
     linear = linear_backend(model, mamba_pool, device, slots, chunk_size, static=True)
     return HybridAttentionBackend(full, linear)
+
+
+def _few_rows_tiled(
+    many: AttentionBackend,
+    model: PrefillModel,
+    args: ServerArgs,
+    dtype: torch.dtype,
+    device: torch.device,
+    chunk_size: int,
+) -> AttentionBackend:
+    """``many``, with forwards of few rows left to the tiled kernel where that serves the model."""
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    asked = args.attention_backend != "auto"
+    if asked or device.type != "cuda" or dtype.itemsize != 2 or layers[0].head_dim > 256:
+        return many
+    if beyond_causal(layers) is not None:
+        return many
+    first = layers[0]
+    wave = rows_of_wave(first.num_heads, first.num_kv_heads, device)
+    few = TiledBackend(
+        first,
+        device=device,
+        max_requests=args.graph_slots,
+        max_context_tokens=args.graph_slots * model.context_length,
+        max_new_tokens=min(wave, chunk_size),
+    )
+    return ByRowsBackend(few, many)
 
 
 def linear_backend(

@@ -66,8 +66,8 @@ class BreakRecorder(AttentionBackend):
         self.calls: list[BreakCall] = []
         self.projected: tuple[torch.Tensor, ...] = ()
 
-    def init_forward_metadata(self, batch: ForwardBatch) -> None:
-        self.inner.init_forward_metadata(batch)
+    def init_forward_metadata(self, batch: ForwardBatch, rows: int | None = None) -> None:
+        self.inner.init_forward_metadata(batch, rows)
 
     def begin_layers(self, inputs: LayerInputs) -> None:
         self.inner.begin_layers(inputs)

@@ -124,7 +124,7 @@ class GraphRunner(ABC):
         """Bring the live batch to where the graph of ``bucket`` reads, and plan its attention."""
         filled = self.buffers.fill(batch, bucket)
         if batch.num_tokens:
-            self.attn_backend.init_forward_metadata(batch)
+            self.attn_backend.init_forward_metadata(batch, bucket)
         return filled
 
     def replay(self, batch: ForwardBatch, bucket: int) -> torch.Tensor:

@@ -106,13 +106,15 @@ class WrappedAttention(Attention):
             v_cache=self.v_cache,
             **how,
         )
-        return self.attend(q, k, v)
+        return self.attend(q, k, v, out=q)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         backend = get_forward_context().attn_backend
         if not self.limits or (backend.windows and self._is_window):
-            return super().attend(q, k, v)
-        out = torch.zeros_like(q)
+            return super().attend(q, k, v, out)
+        out = torch.zeros_like(q) if out is None else out
         self.mix_limited(q, k, v, out)
         return out
 

@@ -193,7 +193,9 @@ class _Noting(WrappedAttention):
         shape = (len(result) + 1, like.num_kv_heads, like.head_dim)
         self.k_cache, self.v_cache = result.new_zeros(shape), result.new_zeros(shape)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         self.given += [q, k, v]
         return self._result
 
