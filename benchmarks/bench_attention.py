@@ -2,7 +2,8 @@
 
 Slots are scattered over the cache, as after many requests. A call's GPU time is that of one among
 ``CALLS`` in a CUDA graph; plans and breaks are timed on the host, with no wait for the GPU between
-them. ``static`` is FlashInfer's with its plan at fixed addresses, as full graphs hold it.
+them. ``static`` is FlashInfer's with its plan at fixed addresses, as full graphs hold it, and
+``tiled`` what they hold for few rows.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ import numpy as np
 import torch
 
 from benchmarks.common import gpu_us, host_us, machine, write_json
-from breakgraph.attention import Attention, AttentionBackend, FlashInferBackend, TorchFlashBackend
+from breakgraph.attention import (
+    Attention,
+    AttentionBackend,
+    FlashInferBackend,
+    TiledBackend,
+    TorchFlashBackend,
+)
 from breakgraph.forward import ForwardBatch
 
 SLOTS, REQUESTS, TOKENS = 90_000, 64, 16_384
@@ -45,7 +52,7 @@ def measure(
     out, slots = torch.zeros_like(q), torch.from_numpy(batch.out_cache_loc).cuda()
     layer.k_cache[slots], layer.v_cache[slots] = k, v
     for name, backend in backends.items():
-        backend.init_forward_metadata(batch)
+        backend.init_forward_metadata(batch, len(q))
         row[f"{name}_gpu_us"] = gpu_us(lambda b=backend: b.forward(layer, q, k, v, out))
         row[f"{name}_break_us"] = host_us(lambda b=backend: b.forward(layer, q, k, v, out), 50)
         row[f"{name}_plan_us"] = host_us(lambda b=backend: b.init_forward_metadata(batch), 20)
@@ -68,6 +75,9 @@ def main() -> None:
         "fa3": FlashInferBackend(layer, dtype, **place, max_context_tokens=TOKENS),
         "static": FlashInferBackend(
             layer, dtype, **place, max_context_tokens=SLOTS, max_new_tokens=8192, static=True
+        ),
+        "tiled": TiledBackend(
+            layer, **place, max_context_tokens=SLOTS, max_new_tokens=max(r * n for r, n, _ in CASES)
         ),
     }
     print(f"{args.heads} heads of {args.head_dim}, {args.kv_heads} of keys, on {machine()}")

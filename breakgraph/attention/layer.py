@@ -43,7 +43,7 @@ class Attention(nn.Module):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out_cache_loc: torch.Tensor
     ) -> torch.Tensor:
-        """Store k and v, then ``attend``.
+        """Store k and v, then ``attend``; where tokens see later ones nobody will read a store.
 
         Args:
             q: ``[rows, num_heads, head_dim]``.
@@ -51,8 +51,9 @@ class Attention(nn.Module):
             v: ``[rows, num_kv_heads, head_dim]``.
             out_cache_loc: int64 ``[rows]``, the slot of each row; 0 for padding.
         """
-        self.k_cache.index_copy_(0, out_cache_loc, k)
-        self.v_cache.index_copy_(0, out_cache_loc, v)
+        if self.right == 0:
+            self.k_cache.index_copy_(0, out_cache_loc, k)
+            self.v_cache.index_copy_(0, out_cache_loc, v)
         return self.attend(q, k, v)
 
     def attend(

@@ -74,23 +74,27 @@ class TiledBackend(AttentionBackend):
         self._staging.send(count)
 
     def _write_tiles(self, batch: ForwardBatch, table: np.ndarray) -> None:
-        new, tile = batch.extend_lens, self._tile
-        if len(new) == 1:
-            at = np.arange(0, int(new[0]), tile, dtype=np.int32)
-            first, key, left, prefix = at, 0, new[0] - at, batch.prefix_lens[0]
-        else:
+        new, prefix, tile = batch.extend_lens, batch.prefix_lens, self._tile
+        count = -(-int(new[0]) // tile)
+        first: np.ndarray | int = 0
+        key: np.ndarray | int = 0
+        at = np.arange(0, count * tile, tile, dtype=np.int32)
+        if len(new) > 1:
             tiles = count_tiles(new, tile)
-            ends = np.cumsum(np.stack([tiles, new, new + batch.prefix_lens]), axis=1)
-            begins = np.zeros_like(ends)
-            begins[:, 1:] = ends[:, :-1]
-            by_tile = np.stack([*begins, new, batch.prefix_lens]).repeat(tiles, axis=1)
-            at = (np.arange(by_tile.shape[1]) - by_tile[0]) * tile
-            first, key, left, prefix = by_tile[1] + at, by_tile[2], by_tile[3] - at, by_tile[4]
-        count = len(at)
-        table[0, :count], table[2, :count] = first, key
-        np.minimum(left, tile, out=table[1, :count], casting="unsafe")
-        table[1, count:] = 0
-        np.add(at, prefix + 1, out=table[3, :count], casting="unsafe")
+            ends = tiles.cumsum(dtype=np.int32)
+            count = int(ends[-1])
+            by_request = np.empty((5, len(new)), np.int32)
+            by_request[0] = (tiles - ends) * tile
+            by_request[1:3, 0] = 0
+            np.cumsum(new[:-1], out=by_request[1, 1:])
+            np.cumsum(new[:-1] + prefix[:-1], out=by_request[2, 1:])
+            by_request[3], by_request[4] = new, prefix
+            at, first, key, new, prefix = by_request.repeat(tiles, axis=1)
+            at += np.arange(0, count * tile, tile, dtype=np.int32)
+        np.add(first, at, out=table[0, :count])
+        np.minimum(new - at, tile, out=table[1, :count])
+        table[1, count:], table[2, :count] = 0, key
+        np.add(at, prefix + 1, out=table[3, :count])
 
     def forward(
         self,
