@@ -3,7 +3,8 @@
 The launch depends on shapes alone: rows, lengths and slots are read from device memory, so a
 captured launch serves every later batch. Each request's tokens are divided among a fixed number
 of splits by its length on the device; splits past its end return at once. A split's softmax is
-partial, and a second kernel merges them (flash-decoding: Dao et al., 2023).
+partial, and a second kernel merges them (flash-decoding: Dao et al., 2023). Both start while the
+kernel ahead still runs, and let the one behind do so (``launches_early``).
 
 It is a ``torch.library`` op, so that a capture sees, and audits, what it reads. On a CPU the op is
 the reference over the longest live request.
@@ -16,6 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from breakgraph.kernels.launch import launches_early
 
 MAX_SPLITS = 64
 PROGRAMS = 512
@@ -142,7 +145,9 @@ def _on_cuda(
         out if splits == 1 else q.new_empty(rows, heads, splits, head_dim, dtype=torch.float32)
     )
     lse = q.new_empty(rows, heads, splits, dtype=torch.float32)
-    shapes = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_N": block_n}
+    early = launches_early(q.device)
+    shapes = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_N": block_n, "EARLY": early}
+    how = {"launch_pdl": True} if early else {}
     kernels.split[(rows, kv_heads, splits)](
         *(q, k_cache, v_cache, slot_table, request_rows, seq_lens, partial, lse),
         scale * 1.4426950408889634,  # log2(e): the kernels work in powers of two
@@ -154,13 +159,13 @@ def _on_cuda(
         DIRECT=splits == 1,
         num_warps=WARPS,
         num_stages=STAGES,
-        **shapes,
+        **(shapes | how),
     )
     if splits > 1:
         kernels.merge[(rows, heads)](
             *(partial, lse, seq_lens, out, splits, out.stride(0), out.stride(1)),
             num_warps=2,
-            **shapes,
+            **(shapes | how),
         )
 
 
@@ -202,7 +207,11 @@ def _kernels() -> SimpleNamespace:
         BLOCK_D: tl.constexpr,
         BLOCK_N: tl.constexpr,
         DIRECT: tl.constexpr,
+        EARLY: tl.constexpr,
     ):
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         row = tl.program_id(0)
         kv_head = tl.program_id(1)
         at = tl.program_id(2)
@@ -265,7 +274,11 @@ def _kernels() -> SimpleNamespace:
         HEAD_DIM: tl.constexpr,
         BLOCK_D: tl.constexpr,
         BLOCK_N: tl.constexpr,
+        EARLY: tl.constexpr,
     ):
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         row = tl.program_id(0)
         head = tl.program_id(1)
         length = tl.load(seq_lens + row).to(tl.int32)

@@ -160,6 +160,7 @@ def _on_cuda(
             HEAD_DIM=rank,
             BLOCK_D=block_d,
             BLOCK_N=block_n,
+            EARLY=False,
             num_warps=2,
         )
 
