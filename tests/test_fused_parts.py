@@ -12,6 +12,7 @@ import torch
 import wrapped_support as support
 from models_support import random_prompts
 from torch import nn
+from transformers.models.bert import modeling_bert
 from transformers.models.llama import modeling_llama
 
 import breakgraph
@@ -21,7 +22,9 @@ from breakgraph.models.transformers_impl import TransformersModel, wrap_model
 from breakgraph.models.transformers_impl.compiling import compile_token_wise
 from breakgraph.models.transformers_impl.fused import (
     LARGEST_ERROR,
+    FusedAddNorm,
     FusedFeedForward,
+    FusedLayerNorm,
     FusedNorm,
     row_error,
 )
@@ -38,13 +41,25 @@ def make(name: str = "LlamaForCausalLM", **config: Any) -> Any:
 def counts(model: TransformersModel) -> tuple[int, int, int]:
     """Norms, feed-forward blocks and attention modules that are replaced."""
     kinds = Counter(type(one) for one in model.parts.switches.forwards.values())
-    return kinds[FusedNorm], kinds[FusedFeedForward], kinds[FusedAttention]
+    norms = kinds[FusedNorm] + kinds[FusedLayerNorm] + kinds[FusedAddNorm]
+    return norms, kinds[FusedFeedForward], kinds[FusedAttention]
 
 
 def last_logits(model: Any, ids: list[int] = IDS) -> torch.Tensor:
     logits = breakgraph.wrap(model, **support.FLAGS).prefill([ids])[0].next_token_logits
     assert logits is not None
     return logits
+
+
+def mean_vector(model: Any) -> torch.Tensor:
+    flags = {"is_embedding": True, "pooling": "mean", "max_total_tokens": 4096}
+    return breakgraph.wrap(model, **support.FLAGS | flags).embed([IDS])[0]
+
+
+@torch.no_grad()
+def own_mean_vector(model: Any) -> torch.Tensor:
+    hidden = model(input_ids=torch.tensor([IDS], device=model.device))[0][0]
+    return torch.nn.functional.normalize(hidden.float().mean(0), dim=-1).cpu()
 
 
 # What is replaced.
@@ -64,8 +79,11 @@ def last_logits(model: Any, ids: list[int] = IDS) -> torch.Tensor:
         ("HunYuanDenseV1ForCausalLM", (9, 2, 0)),  # normalises heads after their rotation
         ("DiffLlamaForCausalLM", (5, 2, 0)),  # two attention calls a module
         ("MixtralForCausalLM", (5, 0, 2)),
-        ("ModernBertModel", (0, 0, 2)),
-        ("BertModel", (0, 0, 0)),
+        ("CohereForCausalLM", (3, 2, 0)),  # about the mean, without a bias
+        ("GPT2LMHeadModel", (5, 0, 0)),
+        ("NemotronForCausalLM", (0, 0, 2)),  # about the mean, weights around zero
+        ("ModernBertModel", (5, 0, 2)),
+        ("BertModel", (5, 0, 0)),
     ],
 )
 def test_parts_are_known_by_what_they_do(
@@ -77,19 +95,38 @@ def test_parts_are_known_by_what_they_do(
     assert said.format(*replaced, name) in caplog.text
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
-def test_a_layer_is_captured_in_few_ops(name: str) -> None:
-    engine = breakgraph.wrap(make(name, num_hidden_layers=3), **support.FLAGS)
+DECODER_OPS = {
+    "aten.mm": 4,
+    "aten.add": 2,
+    "breakgraph.rms_norm": 2,
+    "breakgraph.silu_mul": 1,
+    "breakgraph.qk_norm_rope_store": 1,
+}
+ENCODER_OPS = {
+    "aten.addmm": 6,
+    "breakgraph.layer_norm": 2,  # additions and norms
+    "aten.gelu": 1,
+    "aten.zeros_like": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "ops"),
+    [
+        ("LlamaForCausalLM", DECODER_OPS),
+        ("Qwen3ForCausalLM", DECODER_OPS),
+        ("BertModel", ENCODER_OPS),
+        ("ElectraModel", ENCODER_OPS),
+        ("XLMRobertaModel", ENCODER_OPS),
+    ],
+)
+def test_a_layer_is_captured_in_few_ops(name: str, ops: dict[str, int]) -> None:
+    embeds = name.endswith("Model")
+    model = make(name, num_hidden_layers=3)
+    engine = breakgraph.wrap(model, **support.FLAGS, is_embedding=embeds)
     (graph,) = engine.runner.graph_runner.graphs.values()
     between = [step for step in describe(graph) if step.kind == "segment"][1]
-    assert Counter(name.rsplit(".", 1)[0] for name in between.op_names) == {
-        "aten.mm": 4,
-        "aten.add": 2,
-        "breakgraph.rms_norm": 2,
-        "breakgraph.silu_mul": 1,
-        "breakgraph.qk_norm_rope_store": 1,
-        "aten.zeros_like": 1,
-    }
+    assert Counter(name.rsplit(".", 1)[0] for name in between.op_names) == ops
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -108,6 +145,17 @@ def test_half_precision_is_within_the_stated_error(name: str, dtype: torch.dtype
     assert row_error(last_logits(model).float(), own) < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_added_rows_in_half_precision_are_within_the_stated_error(dtype: torch.dtype) -> None:
+    forwards = wrap_model(make("BertModel").to(dtype)).parts.switches.forwards
+    blocks = {module: one for module, one in forwards.items() if isinstance(one, FusedAddNorm)}
+    assert len(blocks) == 4
+    for module, forward in blocks.items():
+        x, residual = (torch.randn(1, 101, n).to(dtype) for n in module.dense.weight.shape[::-1])
+        assert row_error(forward(x, residual), module(x, residual)) <= LARGEST_ERROR[dtype]
+
+
 def test_double_precision_is_left_alone() -> None:
     assert counts(wrap_model(make().double())) == (0, 0, 0)
 
@@ -121,8 +169,8 @@ def _clamped(self: Any, x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _about_the_mean(self: Any, x: torch.Tensor) -> torch.Tensor:
-    x = x - x.mean(-1, keepdim=True)
+def _about_half_the_mean(self: Any, x: torch.Tensor) -> torch.Tensor:
+    x = x - x.mean(-1, keepdim=True) / 2
     result: torch.Tensor = self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
     return result
 
@@ -143,7 +191,7 @@ def _keys_alone(
     ("target", "attribute", "function", "replaced"),
     [
         (modeling_llama.LlamaMLP, "forward", _clamped, (5, 0, 2)),
-        (modeling_llama.LlamaRMSNorm, "forward", _about_the_mean, (0, 2, 2)),
+        (modeling_llama.LlamaRMSNorm, "forward", _about_half_the_mean, (0, 2, 2)),
         (modeling_llama.LlamaRMSNorm, "forward", _other_epsilon, (0, 2, 2)),
         (modeling_llama, "apply_rotary_pos_emb", _keys_alone, (5, 2, 0)),
     ],
@@ -181,6 +229,47 @@ def test_what_depends_on_far_positions_is_seen(
     ids = random_prompts([44])[0]
     own = support.own_logits(model, ids)[-1]
     torch.testing.assert_close(last_logits(model, ids), own, atol=1e-4, rtol=0)
+
+
+def _added_twice(self: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = self.LayerNorm(self.dense(x) + 2 * residual)
+    return result
+
+
+def _added_after(self: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = self.LayerNorm(self.dense(x)) + residual
+    return result
+
+
+@pytest.mark.parametrize("function", [_added_twice, _added_after])
+def test_a_norm_stays_fused_where_what_it_is_added_to_differs(
+    function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modeling_bert.BertOutput, "forward", function)
+    model = make("BertModel")
+    kinds = Counter(type(one) for one in wrap_model(model).parts.switches.forwards.values())
+    assert kinds == {FusedLayerNorm: 3, FusedAddNorm: 2}
+    torch.testing.assert_close(mean_vector(model), own_mean_vector(model), atol=1e-5, rtol=0)
+
+
+def test_a_norm_that_somebody_watches_is_called() -> None:
+    model = make("BertModel")
+    norm, called = model.encoder.layer[0].output.LayerNorm, []
+    norm.register_forward_hook(lambda *_: called.append(1))
+    forwards = wrap_model(model).parts.switches.forwards
+    assert isinstance(forwards[norm], FusedLayerNorm)
+    assert model.encoder.layer[0].output not in forwards
+    called.clear()
+    mean_vector(model)
+    assert called
+
+
+def test_rows_with_gaps_are_left_to_the_class() -> None:
+    model = make()
+    model.model.norm.register_forward_pre_hook(lambda _, args: args[0].mT.contiguous().mT)
+    assert counts(wrap_model(model)) == (4, 2, 2)
+    own = support.own_logits(model, IDS)[-1]
+    torch.testing.assert_close(last_logits(model), own, atol=1e-4, rtol=0)
 
 
 def test_one_that_differs_keeps_no_other_from_its_kernel() -> None:
@@ -313,3 +402,14 @@ def test_kernels_on_a_gpu_take_the_same_places(name: str, replaced: tuple[int, i
     result = engine.prefill([IDS])[0]
     assert result.reason == "replayed"
     assert row_error(result.next_token_logits.float().cpu(), own) < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["BertModel", "ModernBertModel"])
+def test_kernels_on_a_gpu_take_the_places_of_an_encoders_norms(
+    name: str, dtype: torch.dtype
+) -> None:
+    model = make(name).to("cuda", dtype)
+    assert counts(wrap_model(model))[0] == 5
+    assert row_error(mean_vector(model), own_mean_vector(model)) < 0.1

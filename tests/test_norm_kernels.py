@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from breakgraph.graph import BreakableCUDAGraph, BreakableCUDAGraphCapture
+from breakgraph.kernels.layer_norm import layer_norm, layer_norm_reference
 from breakgraph.kernels.norms import (
     add_rms_norm,
     add_rms_norm_reference,
@@ -86,6 +87,27 @@ def test_gate_last_equals_transformers(weight_dtype: torch.dtype) -> None:
     assert torch.equal(gated_rms_norm(x, gate, repeated, EPS, 12, False), expected)
 
 
+@given(rows=st.integers(1, 4), size=st.integers(1, 50))
+@settings(max_examples=20)
+def test_layer_norm_equals_torch(rows: int, size: int) -> None:
+    x, residual = (rows_of(rows, size) for _ in range(2))
+    weight, bias = torch.randn(2, size)
+    assert_close(layer_norm(x, weight, bias, EPS), F.layer_norm(x, (size,), weight, bias, EPS))
+    expected = F.layer_norm(x + residual, (size,), weight, None, EPS)
+    assert_close(layer_norm(x, weight, None, EPS, residual), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_norm_rounds_the_sum_and_the_result_as_torch_does(dtype: torch.dtype) -> None:
+    x, residual = (rows_of(6, 40, dtype) for _ in range(2))
+    before, (weight, bias) = x.clone(), torch.randn(2, 40).to(dtype)
+    expected = F.layer_norm(x + residual, (40,), weight, bias, 1e-12)
+    assert torch.equal(layer_norm(x, weight, bias, 1e-12, residual), expected)
+    wide = layer_norm(x, weight.float(), bias.float(), 1e-12, residual)
+    assert torch.equal(wide, expected)
+    assert torch.equal(x, before)
+
+
 def test_a_captured_call_reads_its_inputs_at_replay() -> None:
     x, gate, residual = (rows_of(4, 12) for _ in range(3))
     weight, graph = torch.randn(12), BreakableCUDAGraph()
@@ -93,6 +115,7 @@ def test_a_captured_call_reads_its_inputs_at_replay() -> None:
         normed = rms_norm(x, weight, EPS)
         added = add_rms_norm(residual, x, weight, EPS)
         gated = gated_rms_norm(x, gate, weight, EPS, 4, True)
+        centred = layer_norm(x, weight, None, EPS, gate)
     for tensor in (x, gate, residual):
         tensor.normal_()
     before = residual.clone()
@@ -100,6 +123,7 @@ def test_a_captured_call_reads_its_inputs_at_replay() -> None:
     graph.replay()
     assert_close(normed, rms_norm_reference(x, weight, EPS, 0.0))
     assert_close(gated, gated_rms_norm_reference(x, gate, weight, EPS, 4, True))
+    assert_close(centred, layer_norm_reference(x, gate, weight, None, EPS))
     torch.testing.assert_close(residual, before + x)
     assert_close(added, rms_norm_reference(residual, weight, EPS, 0.0))
 
@@ -111,6 +135,7 @@ def test_rows_of_zeros_stay_finite() -> None:
         add_rms_norm(x, x.clone(), weight, EPS),
         gated_rms_norm(x, x, weight, EPS, 4, True),
         gated_rms_norm(x, x, weight, EPS, 4, False),
+        layer_norm(x, weight, None, EPS, x),
     ):
         assert torch.equal(found, x)
 
@@ -125,6 +150,12 @@ def test_what_does_not_fit_is_refused() -> None:
         gated_rms_norm(x, x, weight, EPS, 3, True)
     with pytest.raises(ValueError, match=r"x is torch\.float16 and residual torch\.float32"):
         add_rms_norm(x, x.half(), weight, EPS)
+    with pytest.raises(ValueError, match=r"x is torch\.float16 and residual torch\.float32"):
+        layer_norm(x.half(), weight, None, EPS, x)
+    with pytest.raises(ValueError, match=r"bias has shape \[7\]; \[8\], contiguous"):
+        layer_norm(x, weight, torch.ones(7), EPS)
+    with pytest.raises(ValueError, match=r"x \[3, 8\], residual \[1, 8\]"):
+        layer_norm(x, weight, None, EPS, x[:1])
     with pytest.raises(ValueError, match=r"call \.contiguous\(\) first"):
         rms_norm(torch.zeros(8, 3).T, weight, EPS)
 
@@ -142,6 +173,21 @@ def test_norm_kernels_equal_references(dtype: torch.dtype, size: int) -> None:
         expected = add_rms_norm_reference(total, x, weight, EPS, offset)
         assert_close(add_rms_norm(residual, x, weight, EPS, offset), expected)
         assert torch.equal(residual, total)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 77, 768, 1024, 5000])
+def test_layer_norm_kernel_equals_torch(dtype: torch.dtype, size: int) -> None:
+    for rows, eps in ((1, EPS), (130, 1e-12)):
+        x, residual = (rows_of(rows, size, dtype, "cuda").add_(3) for _ in range(2))
+        weight, bias = torch.randn(2, size, device="cuda").to(dtype)
+        for added, shift in ((None, bias), (residual, bias), (residual, None)):
+            total = x if added is None else x + added
+            expected = F.layer_norm(total, (size,), weight, shift, eps)
+            assert_close(layer_norm(x, weight, shift, eps, added), expected)
+        wide = layer_norm_reference(x, residual, weight.float(), bias.float(), eps)
+        assert_close(layer_norm(x, weight.float(), bias.float(), eps, residual), wide)
 
 
 @pytest.mark.gpu
@@ -168,6 +214,7 @@ def test_cuda_graph_of_another_row_count_than_the_warm_up() -> None:
             rms_norm(x, weight, EPS),
             add_rms_norm(residual, x, weight, EPS),
             gated_rms_norm(x, residual, weight, EPS, 64, True),
+            layer_norm(x, weight, weight, EPS, residual),
         )
 
     run(*(rows_of(1, 256, device="cuda", gap=0) for _ in range(2)))

@@ -8,16 +8,17 @@ result is the class's own up to rounding.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import permutations, product
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import nn
 
+from breakgraph.kernels.layer_norm import layer_norm
 from breakgraph.kernels.norms import rms_norm
 from breakgraph.kernels.pointwise import silu_mul
-from breakgraph.models.transformers_impl.packing import Products
+from breakgraph.models.transformers_impl.packing import Products, is_unhooked
 from breakgraph.models.transformers_impl.token_wise import PROBE_ROWS, Part
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,36 @@ class FusedNorm:
         return rms_norm(rows, self.weight, self.eps, self.offset).view(x.shape)
 
 
+class FusedLayerNorm:
+    """``layer_norm`` with the parameters ``weight`` and ``bias`` of ``module``, by their names."""
+
+    def __init__(self, module: nn.Module, eps: float, weight: str, bias: str | None = None) -> None:
+        self._module, self._eps = module, eps
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Of ``[..., size]``, or of the sum of two such."""
+        weight = getattr(self._module, self._weight)
+        bias = None if self._bias is None else getattr(self._module, self._bias)
+        rows = x.reshape(-1, x.shape[-1])
+        added = None if residual is None else residual.reshape(-1, residual.shape[-1])
+        return layer_norm(rows, weight, bias, self._eps, added).view(x.shape)
+
+
+Norm: TypeAlias = FusedNorm | FusedLayerNorm
+
+
+class FusedAddNorm:
+    """``norm(linear(x) + residual)``."""
+
+    def __init__(self, linear: nn.Linear, norm: FusedLayerNorm) -> None:
+        self._linear, self._norm = linear, norm
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Of ``[..., in_features]`` and ``[..., out_features]``."""
+        return self._norm(self._linear(x), residual)
+
+
 class FusedFeedForward:
     """``down(silu(gate(x)) * up(x))``; ``swapped`` where ``products`` gives ``up`` first."""
 
@@ -76,9 +107,19 @@ class FusedFeedForward:
         return rows.view(x.shape)
 
 
-def fused_norm(part: Part) -> FusedNorm | None:
-    """What computes a module as ``rms_norm`` does, if it is one."""
+def fused_norm(part: Part) -> Norm | None:
+    """What computes a module that is a norm of rows, about zero or about their mean."""
     return _checked(part, _norms(part), (SMALL, *SCALES))
+
+
+def fused_add_norm(part: Part, norms: Mapping[nn.Module, Norm]) -> FusedAddNorm | None:
+    """What computes a module that adds a product to its second input and normalises the sum.
+
+    Args:
+        part: the module.
+        norms: the norms known.
+    """
+    return _checked(part, _add_norms(part, norms), SCALES)
 
 
 def fused_feed_forward(part: Part) -> FusedFeedForward | None:
@@ -95,19 +136,35 @@ def row_error(ours: torch.Tensor, own: torch.Tensor) -> float:
     return float(errors.nan_to_num(nan=float("inf")).max())
 
 
-def _norms(part: Part) -> Iterator[FusedNorm]:
-    """Every epsilon that the module keeps, with the weight as it is and around zero."""
-    parameters = list(part.module.named_parameters())
+def _norms(part: Part) -> Iterator[Norm]:
+    """Every epsilon that the module keeps: about zero, with a weight as it is and one that is kept
+    around zero; then about the mean, with a bias if there are two parameters."""
+    parameters = dict(part.module.named_parameters())
     ((shape, _), *others) = part.inputs
-    if others or len(parameters) != 1 or next(part.module.children(), None) is not None:
+    if others or len(parameters) not in (1, 2) or next(part.module.children(), None) is not None:
         return
-    ((name, weight),) = parameters
-    if weight.shape != shape[-1:]:
+    if any(parameter.shape != shape[-1:] for parameter in parameters.values()):
         return
     kept = vars(part.module).values()
-    epsilons = {value for value in kept if isinstance(value, float) and 0 <= value < 1}
-    for offset, eps in product((0.0, 1.0), sorted(epsilons)):
-        yield FusedNorm(part.module, name, eps, offset)
+    epsilons = sorted({value for value in kept if isinstance(value, float) and 0 <= value < 1})
+    weight, *bias = parameters
+    if not bias:
+        for offset, eps in product((0.0, 1.0), epsilons):
+            yield FusedNorm(part.module, weight, eps, offset)
+    for eps in epsilons:
+        yield FusedLayerNorm(part.module, eps, weight, *bias)
+
+
+def _add_norms(part: Part, norms: Mapping[nn.Module, Norm]) -> Iterator[FusedAddNorm]:
+    """The one way to take a linear and a norm, where there is nothing else but dropout."""
+    children = [child for child in part.module.children() if not isinstance(child, nn.Dropout)]
+    linears = [child for child in children if isinstance(child, nn.Linear)]
+    known = [norms[child] for child in children if child in norms and is_unhooked(child)]
+    layer_norms = [norm for norm in known if isinstance(norm, FusedLayerNorm)]
+    if next(part.module.parameters(recurse=False), None) is not None or len(part.inputs) != 2:
+        return
+    if (len(children), len(linears), len(layer_norms)) == (2, 1, 1):
+        yield FusedAddNorm(linears[0], layer_norms[0])
 
 
 def _feed_forwards(part: Part) -> Iterator[FusedFeedForward]:

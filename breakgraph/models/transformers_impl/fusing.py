@@ -14,8 +14,11 @@ from torch import nn
 
 from breakgraph.models.transformers_impl.fused import (
     LARGEST_ERROR,
+    FusedAddNorm,
     FusedFeedForward,
     FusedNorm,
+    Norm,
+    fused_add_norm,
     fused_feed_forward,
     fused_norm,
 )
@@ -36,16 +39,20 @@ def fuse(parts: Parts) -> None:
     if weight.dtype not in LARGEST_ERROR or weight.device.type not in ("cpu", "cuda"):
         return
     with called_attention(parts) as called:
-        seen = token_wise_parts(parts)
-    norms: dict[nn.Module, FusedNorm] = {}
+        seen = token_wise_parts(parts, also=(nn.LayerNorm,))
+    norms: dict[nn.Module, Norm] = {}
+    add_norms: dict[nn.Module, FusedAddNorm] = {}
     blocks: dict[nn.Module, FusedFeedForward] = {}
-    for module, part in seen.items():
+    for module, part in seen.items():  # a module comes after those in it
         if (norm := fused_norm(part)) is not None:
             norms[module] = norm
+        elif (add_norm := fused_add_norm(part, norms)) is not None:
+            add_norms[module] = add_norm
         elif (block := fused_feed_forward(part)) is not None:
             blocks[module] = block
-    attention = fused_attention(parts, called, norms)
-    for module in attention:
+    of_heads = {module: norm for module, norm in norms.items() if isinstance(norm, FusedNorm)}
+    attention = fused_attention(parts, called, of_heads)
+    for module in (*add_norms, *attention):
         for inner in module.children():
             norms.pop(inner, None)  # the module's own kernel has it
     products = [block.products for block in blocks.values()]
@@ -53,8 +60,8 @@ def fuse(parts: Parts) -> None:
         one.pack()
     if weight.is_cuda:
         torch.cuda.empty_cache()  # the weights where they lay before
-    parts.switches.forwards |= {**norms, **blocks, **attention}
+    parts.switches.forwards |= {**norms, **add_norms, **blocks, **attention}
     logger.info(
         "%d norms, %d feed-forward blocks and %d attention modules of %s run by fused kernels",
-        *(len(norms), len(blocks), len(attention), type(parts.model).__name__),
+        *(len(norms) + len(add_norms), len(blocks), len(attention), type(parts.model).__name__),
     )

@@ -46,11 +46,12 @@ class Part:
         return drawn
 
 
-def token_wise_parts(parts: Parts) -> dict[nn.Module, Part]:
+def token_wise_parts(parts: Parts, also: tuple[type[nn.Module], ...] = ()) -> dict[nn.Module, Part]:
     """The modules that were called with tensors of rows alone and gave one such tensor.
 
     Seen in one forward over ``PROBE_ROWS`` rows. A module with attention or experts in it is none,
-    nor one of torch's own, which are a kernel each, nor one that changes its inputs.
+    nor one that changes its inputs, nor one of torch's own, which are a kernel each, but for those
+    of the types ``also``.
     """
     seen: dict[nn.Module, Part] = {}
     excluded = _excluded(parts)
@@ -75,7 +76,8 @@ def token_wise_parts(parts: Parts) -> dict[nn.Module, Part]:
         hooks.append(module.register_forward_hook(after, with_kwargs=True))
 
     for module in parts.decoder.modules():
-        if module not in excluded and not type(module).__module__.startswith("torch.nn."):
+        of_torch = type(module).__module__.startswith("torch.nn.")
+        if module not in excluded and (not of_torch or isinstance(module, also)):
             watch(module)
     try:
         weight = parts.embedding.weight
@@ -114,5 +116,6 @@ def _has_rows(value: Any, dim: int) -> bool:
         and value.dim() > dim + 1
         and value.shape[0] == 1
         and value.shape[dim] == PROBE_ROWS
+        and value.stride(-1) == 1
         and value.is_floating_point()
     )
