@@ -8,20 +8,22 @@ its name, type, choices, default, help and lower bound all come from there.
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from breakgraph.flag_checks import DEFAULT_SLOTS, check_together, check_values, warn_of_idle_flags
+from breakgraph.flag_parser import FlagParser, checked, flag_name, parser_options, read_config
+
+__all__ = ["FlagParser", "ServerArgs", "flag_name", "prepare_server_args"]
 
 logger = logging.getLogger(__name__)
 
 # A CPU forward is bound by arithmetic, so a longer chunk gains nothing there, and a CPU tape keeps
 # every intermediate of its bucket.
 DEFAULT_CHUNK = {"cuda": 8192, "cpu": 512}
-
-DEFAULT_SLOTS = 8
 
 BREAKABLE_DECODE_ENV = "BREAKGRAPH_USE_BREAKABLE_CUDA_GRAPH"
 
@@ -131,8 +133,8 @@ class ServerArgs:
     )
     dp_size: int = _flag(
         1,
-        "ranks that hold different requests and share the experts of a mixture-of-experts model, "
-        "their attention whole on each: as many as --tp-size",
+        "groups that the ranks are divided into, a divisor of --tp-size: each holds requests of "
+        "its own, and all share the experts of a mixture-of-experts model",
         minimum=1,
     )
     moe_scatter: bool = _flag(
@@ -197,126 +199,28 @@ class ServerArgs:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = _checked(flag_name(f.name), _HINTS[f.name], getattr(self, f.name))
+            value = checked(flag_name(f.name), _HINTS[f.name], getattr(self, f.name))
             object.__setattr__(self, f.name, value)  # frozen: an int for a float, a list of buckets
             minimum = f.metadata.get("minimum")
             if minimum is not None and value is not None and value < minimum:
                 raise ValueError(f"{flag_name(f.name)} must be at least {minimum}, not {value}")
-        if not self.model_path:
-            raise ValueError("--model-path is empty; name a folder with config.json")
-        if not self.max_prefill_padding >= 1:
-            raise ValueError(
-                "--max-prefill-padding must be at least 1, which allows no padding, "
-                f"not {self.max_prefill_padding}"
-            )
-        if not 0 < self.mem_fraction_static < 1:
-            raise ValueError(
-                "--mem-fraction-static is a share between 0 and 1, such as 0.8, "
-                f"not {self.mem_fraction_static}"
-            )
-        if not 0 <= self.verify_prefill_graph <= 1:
-            raise ValueError(
-                "--verify-prefill-graph is a share between 0, none, and 1, every replayed prefill, "
-                f"not {self.verify_prefill_graph}"
-            )
-        for name in ("request_seconds", "drain_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{flag_name(name)} must be more than 0 seconds")
-        if self.port > 65535:
-            raise ValueError(f"--port is at most 65535, not {self.port}")
-        if self.api_key is not None and not self.api_key.strip():
-            raise ValueError("--api-key is empty; leave the flag out to serve without a key")
-        self._check_together()
+        check_values(self)
+        check_together(self)
+        self._put_ladders_in_order()
 
-    def _check_together(self) -> None:
-        """Flags that contradict each other, or would be ignored in silence."""
-        attention = f"--attention-backend {self.attention_backend}"
-        on_gpu = self.attention_backend in ("torch_flash", "flashinfer")
-        if self.device == "cpu" and on_gpu:
-            raise ValueError(f"{attention} needs a GPU; with --device cpu use torch_native")
-        if self.dtype == "float32" and on_gpu:
-            raise ValueError(
-                f"{attention} computes in half precision; use --dtype bfloat16, or torch_native "
-                "for float32"
-            )
-        if self.tp_size > 1 and self.verify_prefill_graph:
-            raise ValueError(
-                "--verify-prefill-graph runs forwards on one rank alone, which --tp-size "
-                f"{self.tp_size} does not allow; leave one out"
-            )
-        if self.dp_size > 1 and self.dp_size != self.tp_size:
-            raise ValueError(
-                f"--dp-size {self.dp_size} must be --tp-size, which is {self.tp_size}: give "
-                "both the number of ranks, or leave --dp-size out. For whole copies of a model "
-                "start a server each"
-            )
-        if self.dp_size > 1 and self.moe_scatter:
-            raise ValueError(
-                "--moe-scatter divides rows that all ranks have, and with --dp-size each rank has "
-                "its own; leave one out"
-            )
-        if self.dp_size > 1 and self.linear_attention_capture:
-            raise ValueError(
-                "--linear-attention-capture chooses graphs by the requests of a batch, and with "
-                "--dp-size each rank has a batch of its own; leave one out"
-            )
-        if self.pooling != "auto" and not self.is_embedding:
-            raise ValueError(
-                f"--pooling {self.pooling} does nothing without --is-embedding; add it"
-            )
-        self._check_graphs()
-        states, running = self.max_mamba_cache_size, self.max_running_requests
-        if states is not None and states < running:
-            raise ValueError(
-                f"--max-mamba-cache-size {states} is less than --max-running-requests {running}, "
-                "each of which has a state; raise the first or lower the second"
-            )
-        chunk, total = self.chunked_prefill_size, self.max_total_tokens
-        if chunk is not None and total is not None and chunk > total:
-            raise ValueError(
-                f"--chunked-prefill-size {chunk} is more than the --max-total-tokens {total} that "
-                "the cache holds; lower the first or raise the second"
-            )
-        if self.piecewise_cuda_graph_tokens is not None:
-            from breakgraph.runner.buckets import check_buckets  # here: runner imports this module
+    def _put_ladders_in_order(self) -> None:
+        from breakgraph.runner.buckets import check_batch_sizes, check_buckets  # which imports this
 
-            ladder, notes = check_buckets(self.piecewise_cuda_graph_tokens, chunk)
-            object.__setattr__(self, "piecewise_cuda_graph_tokens", ladder)
-            for note in notes:
-                logger.warning("%s", note)
-
-    def _check_graphs(self) -> None:
-        prefill, decode = self.cuda_graph_backend_prefill, self.cuda_graph_backend_decode
-        if self.enable_breakable_cuda_graph and prefill in ("disabled", "full"):
-            raise ValueError(
-                f"--enable-breakable-cuda-graph and --cuda-graph-backend-prefill {prefill} "
-                "contradict each other; leave one out"
-            )
-        if self.dp_size > 1 and prefill in ("full", "auto"):
-            raise ValueError(
-                f"--cuda-graph-backend-prefill {prefill} decides by each batch's requests, and "
-                "with --dp-size ranks have batches of their own; use breakable"
-            )
-        if self.cuda_graph_memory_budget is not None and not self.cuda_graph_memory_budget > 0:
-            raise ValueError(
-                "--cuda-graph-memory-budget must be more than 0 gigabytes; with "
-                "--cuda-graph-backend-prefill disabled there are no prefill graphs"
-            )
-        if self.disable_cuda_graph and decode not in (None, "disabled"):
-            raise ValueError(
-                f"--disable-cuda-graph and --cuda-graph-backend-decode {decode} contradict each "
-                "other; leave one out"
-            )
-        if self.cuda_graph_bs is None:
-            return
-        if self.disable_cuda_graph:
-            raise ValueError("--cuda-graph-bs and --disable-cuda-graph contradict each other")
-        from breakgraph.runner.buckets import check_batch_sizes  # here: runner imports this module
-
-        ladder, notes = check_batch_sizes(self.cuda_graph_bs, self.max_running_requests)
-        object.__setattr__(self, "cuda_graph_bs", ladder)
-        for note in notes:
-            logger.warning("%s", note)
+        checks: tuple[tuple[str, Any, int | None], ...] = (
+            ("piecewise_cuda_graph_tokens", check_buckets, self.chunked_prefill_size),
+            ("cuda_graph_bs", check_batch_sizes, self.max_running_requests),
+        )
+        for name, check, most in checks:
+            if (asked := getattr(self, name)) is not None:
+                ladder, notes = check(asked, most)
+                object.__setattr__(self, name, ladder)
+                for note in notes:
+                    logger.warning("%s", note)
 
     def _graph_backends(self, device: str) -> tuple[Any, Any]:
         """What captures prefill, and what captures decode."""
@@ -363,8 +267,11 @@ class ServerArgs:
         ladder = self.piecewise_cuda_graph_tokens or derived
         prefill, decode = self._graph_backends(device)
         sizes = derive_batch_sizes(self.max_running_requests)
-        self._warn_of_idle_flags(
-            *(prefill, decode, ladder != derived, self.cuda_graph_bs not in (None, sizes))
+        warn_of_idle_flags(
+            self,
+            *(prefill, decode),
+            own_ladder=ladder != derived,
+            own_sizes=self.cuda_graph_bs not in (None, sizes),
         )
         if prefill != "disabled" and ladder[-1] < chunk:
             logger.warning(
@@ -383,55 +290,13 @@ class ServerArgs:
             piecewise_cuda_graph_tokens=ladder,
         )
 
-    def _warn_of_idle_flags(
-        self, prefill: str, decode: str, own_ladder: bool, own_sizes: bool
-    ) -> None:
-        """Say which flags do nothing beside the others, as resolved.
-
-        ``own_ladder`` and ``own_sizes`` are whether token buckets and decode sizes were given.
-        """
-        eager, linear = prefill == "disabled", self.linear_attention_capture
-        no_graphs = "without --enable-breakable-cuda-graph or --cuda-graph-backend-prefill"
-        slots = self.prefill_graph_requests != DEFAULT_SLOTS and prefill not in ("full", "auto")
-        idle = (
-            ("piecewise-cuda-graph-tokens", eager and own_ladder, no_graphs),
-            ("linear-attention-capture", eager and linear, no_graphs),
-            (
-                "linear-attention-capture",
-                prefill == "full" and linear,
-                "with --cuda-graph-backend-prefill full, whose graphs hold such layers anyway",
-            ),
-            ("cuda-graph-memory-budget", eager and self.cuda_graph_memory_budget, no_graphs),
-            ("verify-prefill-graph", eager and self.verify_prefill_graph, no_graphs),
-            (
-                "prefill-graph-requests",
-                slots,
-                "without --cuda-graph-backend-prefill full or auto",
-            ),
-            ("cuda-graph-bs", decode == "disabled" and own_sizes, "with decode graphs disabled"),
-            (
-                "debug-cuda-graph",
-                self.debug_cuda_graph and eager and decode == "disabled",
-                "without graphs to debug",
-            ),
-            ("moe-scatter", self.moe_scatter and self.tp_size == 1, "without --tp-size 2 or more"),
-            (
-                "max-mamba-cache-size",
-                self.max_mamba_cache_size is not None and self.disable_radix_cache,
-                "with --disable-radix-cache: only running requests have states",
-            ),
-        )
-        for flag, does_nothing, why in idle:
-            if does_nothing:
-                logger.warning("--%s does nothing %s", flag, why)
-
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
         """Add every flag, and `--config`, to `parser`. A flag not given leaves no attribute."""
         group = parser.add_argument_group("engine")
         for f in fields(ServerArgs):
             action = group.add_argument(
-                flag_name(f.name), default=argparse.SUPPRESS, **_parser_options(_HINTS[f.name])
+                flag_name(f.name), default=argparse.SUPPRESS, **parser_options(_HINTS[f.name])
             )
             action.metavar = f.metadata.get("text") or action.metavar
             said = f.default in (MISSING, None) or "(default" in f.metadata["help"]
@@ -448,7 +313,7 @@ class ServerArgs:
     def from_cli_args(cls, namespace: argparse.Namespace) -> ServerArgs:
         """What `add_cli_args` parsed, over the `--config` file. Raises ValueError."""
         path = getattr(namespace, "config", None)
-        values = {} if path is None else _read_config(path)
+        values = {} if path is None else read_config(path, _HINTS)
         values |= {
             f.name: getattr(namespace, f.name) for f in fields(cls) if hasattr(namespace, f.name)
         }
@@ -457,30 +322,7 @@ class ServerArgs:
         return cls(**values)
 
 
-def flag_name(name: str) -> str:
-    """The flag of a field: `page_size` is `--page-size`."""
-    return "--" + name.replace("_", "-")
-
-
 _HINTS: dict[str, Any] = get_type_hints(ServerArgs)
-
-
-class FlagParser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations and names the nearest flag to an unknown one.
-
-    Its sub-commands (`add_subparsers`) behave the same, each by its own flags.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        namespace, unknown = super().parse_known_args(args, namespace)
-        for word in unknown:
-            if word.startswith("--"):
-                flag = word.partition("=")[0]
-                self.error(f"unknown flag {flag}{_nearest(flag, self._option_string_actions)}")
-        return namespace, unknown
 
 
 def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
@@ -491,77 +333,3 @@ def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
         return ServerArgs.from_cli_args(parser.parse_args(argv))
     except ValueError as error:
         parser.error(str(error))
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _without_none(hint: Any) -> Any:
-    options = [option for option in get_args(hint) if option is not type(None)]
-    return options[0] if type(None) in get_args(hint) else hint
-
-
-def _parser_options(hint: Any) -> dict[str, Any]:
-    hint = _without_none(hint)
-    if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if get_origin(hint) is Literal:
-        return {"choices": get_args(hint)}
-    if get_origin(hint) is tuple:
-        return {"nargs": "+", "type": int, "metavar": "N"}
-    return {"type": hint, "metavar": {int: "N", float: "X", str: "PATH"}[hint]}
-
-
-def _checked(flag: str, hint: Any, value: Any) -> Any:
-    """`value` as the field's type, or ValueError."""
-    if value is None and type(None) in get_args(hint):
-        return None
-    hint = _without_none(hint)
-
-    def refuse(wanted: str) -> NoReturn:
-        raise ValueError(f"{flag} must be {wanted}, not {value!r}")
-
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            refuse("one of " + ", ".join(get_args(hint)))
-    elif get_origin(hint) is tuple:
-        if not isinstance(value, (list, tuple)):
-            refuse("a list of token counts")
-        return tuple(value)
-    elif hint is str:
-        if not isinstance(value, (str, os.PathLike)):
-            refuse("a path")
-        return os.fspath(value)
-    elif hint is bool:
-        if not isinstance(value, bool):
-            refuse("true or false")
-    elif isinstance(value, bool) or not isinstance(value, int if hint is int else (int, float)):
-        refuse("a whole number" if hint is int else "a number")
-    return float(value) if hint is float else value
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    """A YAML mapping of flags, with or without their dashes, as field names."""
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            mapping = yaml.safe_load(file) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(mapping, dict):
-        raise ValueError(f"--config {path} must be a mapping of flags, such as 'page-size: 1'")
-    values: dict[str, Any] = {}
-    for key, value in mapping.items():
-        name = str(key).lstrip("-").replace("-", "_")
-        if name not in _HINTS:
-            flag = flag_name(name)
-            raise ValueError(
-                f"--config {path}: unknown key {key!r}{_nearest(flag, map(flag_name, _HINTS))}"
-            )
-        if name in values:
-            raise ValueError(f"--config {path} sets {flag_name(name)} twice; keep one")
-        values[name] = value
-    return values

@@ -16,6 +16,13 @@ from breakgraph.server_args import ServerArgs
 
 BUCKETS = (16, 32, 64, 128)
 SLOTS = 512
+REQUEST_SLOTS = 4
+FULL: dict[str, Any] = {
+    "enable_breakable_cuda_graph": False,
+    "cuda_graph_backend_prefill": "full",
+    "prefill_graph_requests": REQUEST_SLOTS,
+}
+AUTO = {**FULL, "cuda_graph_backend_prefill": "auto"}
 
 
 def make_runner(folder: Path, device: str, **flags: Any) -> ModelRunner:
@@ -45,6 +52,11 @@ def make_batch(
         [row[:prefix] for row, (_, prefix) in zip(rows, lengths, strict=True)],
         **fields,
     )
+
+
+def plain(lengths: Sequence[int], seed: int = 0) -> ForwardBatch:
+    """Requests without a cached prefix."""
+    return make_batch([(length, 0) for length in lengths], seed)
 
 
 def assert_replay_equals_eager(runner: ModelRunner, batch: ForwardBatch) -> None:

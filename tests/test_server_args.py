@@ -176,6 +176,16 @@ def test_command_line_file_and_keywords_agree(tmp_path_factory, values: dict) ->
             "--enable-breakable-cuda-graph and --cuda-graph-backend-prefill disabled contradict",
         ),
         (
+            {"enable_breakable_cuda_graph": True, "cuda_graph_backend_prefill": "full"},
+            "--enable-breakable-cuda-graph and --cuda-graph-backend-prefill full contradict",
+        ),
+        ({"cuda_graph_memory_budget": 0}, "--cuda-graph-memory-budget must be more than 0"),
+        ({"prefill_graph_requests": 0}, "--prefill-graph-requests must be at least 1"),
+        (
+            {"cuda_graph_backend_prefill": "auto", "tp_size": 2, "dp_size": 2},
+            "--cuda-graph-backend-prefill auto decides by each batch's requests",
+        ),
+        (
             {"disable_cuda_graph": True, "cuda_graph_backend_decode": "full"},
             "--disable-cuda-graph and --cuda-graph-backend-decode full contradict",
         ),
@@ -328,6 +338,8 @@ def test_help_shows_each_flag_and_its_default(capsys) -> None:
         ({}, "0", "disabled", None),
         ({"enable_breakable_cuda_graph": True}, None, "breakable", None),
         ({"cuda_graph_backend_prefill": "breakable"}, None, "breakable", None),
+        ({"cuda_graph_backend_prefill": "full"}, None, "full", None),
+        ({"cuda_graph_backend_prefill": "auto"}, None, "auto", None),
         ({"cuda_graph_backend_decode": "full"}, None, "disabled", "full"),
         ({"cuda_graph_backend_decode": "breakable"}, "1", "disabled", "breakable"),
         ({"cuda_graph_backend_decode": "disabled"}, "1", "disabled", "disabled"),
@@ -352,7 +364,7 @@ def test_older_flags_and_environment_set_the_backends(
     default = "full" if device == "cuda" else "disabled"
     assert args.cuda_graph_backend_prefill == prefill
     assert args.cuda_graph_backend_decode == (decode or default)
-    assert args.enable_breakable_cuda_graph == (prefill == "breakable")
+    assert args.enable_breakable_cuda_graph == (prefill in ("breakable", "auto"))
     assert args.resolved() == args
 
 
@@ -390,6 +402,12 @@ def test_decode_batch_sizes_are_derived_from_the_most_requests(monkeypatch) -> N
         (
             {"linear_attention_capture": 2},
             "--linear-attention-capture does nothing without --enable-breakable-cuda-graph",
+        ),
+        ({"prefill_graph_requests": 4}, "--prefill-graph-requests does nothing"),
+        ({"cuda_graph_memory_budget": 2.0}, "--cuda-graph-memory-budget does nothing"),
+        (
+            {"cuda_graph_backend_prefill": "full", "linear_attention_capture": 2},
+            "--linear-attention-capture does nothing",
         ),
         (
             {"cuda_graph_bs": [3], "cuda_graph_backend_decode": "disabled"},

@@ -5,6 +5,8 @@ On a CPU its op is a reference that goes through the same table, tile by tile.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -34,16 +36,17 @@ from breakgraph.attention import (
 from breakgraph.kernels.tiled_attention import rows_of_tile
 
 
-def make_backend(layer: Attention, **how: int) -> TiledBackend:
+def make_backend(layer: Attention, **how: Any) -> TiledBackend:
     how = {"max_requests": 8, "max_context_tokens": 2048, "max_new_tokens": 768} | how
+    how = {"static": True} | how
     return TiledBackend(layer, device=layer.k_cache.device, **how)
 
 
-def check(layer: Attention, lengths: Lengths, *, in_place: bool = False) -> None:
+def check(layer: Attention, lengths: Lengths, *, in_place: bool = False, **how: Any) -> None:
     batch = make_batch(lengths)
     q, k, v = make_inputs(layer, batch, padding=11)
     wanted = reference(layer, batch, q, k, v)
-    backend, out = make_backend(layer), torch.full_like(q, 7.0)
+    backend, out = make_backend(layer, **how), torch.full_like(q, 7.0)
     if in_place:
         out, before = q, q.clone()
     backend.init_forward_metadata(batch, len(q))
@@ -59,6 +62,7 @@ def test_any_batch_gives_what_the_reference_gives(device: str, lengths: Lengths)
     layer = make_layer(device, torch.float32 if device == "cpu" else torch.bfloat16)
     for in_place in (False, True):
         check(layer, lengths, in_place=in_place)
+        check(layer, lengths, in_place=in_place, static=False, max_context_tokens=4)
 
 
 @pytest.mark.gpu
@@ -144,6 +148,19 @@ def test_rows_say_who_attends_whatever_the_tokens() -> None:
     assert backend.serves_prefixes and backend.max_requests == 8
     for bucket in (96, 768):
         check_one_capture_serves_all(layer, backend, bucket, in_place=True)
+
+
+def test_more_padding_than_was_planned_changes_nothing() -> None:
+    layer, batch = make_layer("cpu", torch.float32), make_batch([(40, 3), (50, 0)])
+    few = make_backend(layer, max_new_tokens=96, static=False)
+    many = TorchFlashBackend(device=CPU, max_requests=8, max_context_tokens=64)
+    backend = ByRowsBackend(few, many)
+    q, k, v = make_inputs(layer, batch, padding=110)
+    wanted, out = reference(layer, batch, q, k, v), torch.zeros_like(q)
+    backend.init_forward_metadata(batch)
+    backend.forward(layer, q, k, v, out)
+    assert_close(out[: batch.num_tokens], wanted)
+    assert not out[batch.num_tokens :].any()
 
 
 def test_where_the_other_finds_no_prefix_graphs_serve_none() -> None:

@@ -37,6 +37,11 @@ class AttentionBackend(ABC):
     equal_head_dims = False
     linear: LinearAttentionBackend | None = None
 
+    @property
+    def name(self) -> str:
+        """What it is called in reports, with those it is made of."""
+        return type(self).__name__
+
     def tensors(self) -> list[torch.Tensor]:
         """What segments may read of the plan."""
         return []

@@ -49,7 +49,7 @@ work, 2.5 µs. On an H200 in bfloat16, 32 heads of 128 over 8, it saves 4.6 of 2
 class _Plan:
     """With no ``key_slots`` keys are the ``num_tokens`` new ones, where they were made.
 
-    Of a static plan, ``in_rows`` are the offsets for a launch that reads them there.
+    Of a static plan of many rows, ``in_rows`` are the offsets of a launch that reads them there.
     """
 
     num_tokens: int
@@ -138,8 +138,8 @@ class FlashInferBackend(AttentionBackend):
             layout = self._room
         else:
             layout = ScheduleLayout(self._processors, int(tiles.sum()) * self._heads)
-        cached = batch.has_prefix or batch.batch_size > 1
-        cached = cached or (self.capturable and not self._can_read_rows(rows or batch.num_tokens))
+        in_rows = self._start > 0 and (rows or batch.num_tokens) >= IN_ROWS
+        cached = batch.has_prefix or batch.batch_size > 1 or (self.capturable and not in_rows)
         start, keys_start = self._start, self._start + layout.keys_start
         end = keys_start + (len(batch.prefix_slots) + batch.num_tokens if cached else 0)
         count = -(-end // 2)  # int64 entries, each of which holds two
@@ -156,11 +156,12 @@ class FlashInferBackend(AttentionBackend):
             write_key_slots(batch, host[keys_start:end])
         self._staging.send(count)
         table, launch = (start + layout.table_start, layout.works), None
-        offsets, in_rows = plan_of(start, *table), plan_of(0, *table) if start else None
+        offsets = plan_of(start, *table)
         key_slots = self._sent[keys_start:] if cached or self.capturable else None
         if not self.capturable and self._device.type == "cuda":
             launch = bound_launch(*self._kernels, self._sent, offsets, key_slots)
-        self._plan = _Plan(batch.num_tokens, offsets, key_slots, launch, in_rows)
+        read = plan_of(0, *table) if in_rows else None
+        self._plan = _Plan(batch.num_tokens, offsets, key_slots, launch, read)
 
     def forward(
         self,
@@ -177,7 +178,7 @@ class FlashInferBackend(AttentionBackend):
             k, v = k[: plan.num_tokens], v[: plan.num_tokens]  # or padding is read, times zero
         if plan.launch is None:
             how = layer.scale, out
-            if plan.in_rows is not None and self._can_read_rows(len(q)):
+            if plan.in_rows is not None:
                 flashinfer_prefill(q, k, v, self._sent, plan.in_rows, None, *how)
             if plan.key_slots is not None:
                 k, v = layer.k_cache, layer.v_cache
@@ -189,10 +190,6 @@ class FlashInferBackend(AttentionBackend):
         if plan.key_slots is not None:
             k, v = cache.k_pages, cache.v_pages
         plan.launch(q, k, v, out, cache.tail)
-
-    def _can_read_rows(self, rows: int) -> bool:
-        """Whether a static plan of so many rows has a launch that reads keys there."""
-        return self._start > 0 and rows >= IN_ROWS
 
     def _view(self, layer: Attention) -> _Cache:
         """What a launch takes of a layer, made once."""

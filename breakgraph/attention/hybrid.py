@@ -22,6 +22,10 @@ class HybridAttentionBackend(AttentionBackend):
         limits = (full.max_requests, linear.max_requests)
         self.max_requests = min((limit for limit in limits if limit is not None), default=None)
 
+    @property
+    def name(self) -> str:
+        return self.full.name
+
     def tensors(self) -> list[torch.Tensor]:
         return [*self.full.tensors(), *self.linear.tensors()]
 

@@ -1,7 +1,7 @@
-"""Captured attention of few rows, by a kernel that is made for them; more rows go elsewhere.
+"""Attention of few rows, by a kernel that is made for them; more rows go elsewhere.
 
-A forward's rows say which of the two attends, at capture and at replay alike, so each graph holds
-the launches of one, and a replay plans that one alone.
+The rows that a forward is planned for say who attends, so what a graph has captured is what every
+replay of it plans.
 """
 
 from __future__ import annotations
@@ -13,22 +13,26 @@ from breakgraph.attention.base import AttentionBackend, Refusal
 from breakgraph.attention.layer import Attention
 from breakgraph.attention.tile_schedule import count_tiles, most_works, write_key_slots
 from breakgraph.forward import ForwardBatch, HostStaging, LayerInputs
-from breakgraph.kernels.tiled_attention import LONG_ROWS, rows_of_tile, tiled_attention
+from breakgraph.kernels.tiled_attention import (
+    LONG_ROWS,
+    rows_of_tile,
+    tiled_attention,
+    tiled_attention_on_cuda,
+)
 
 
 class TiledBackend(AttentionBackend):
-    """Causal attention of packed sequences over the KV pool, planned at fixed addresses.
+    """Causal attention of packed sequences over the KV pool.
 
     Args:
         like: an attention layer; all have its heads.
         device: of the model.
         max_requests: the most requests of a forward.
-        max_context_tokens: the most tokens of a forward, prefixes included.
+        max_context_tokens: the most tokens of a forward, prefixes included, that a static plan
+            holds; otherwise what to make room for at first.
         max_new_tokens: the most rows.
+        static: keep the plan at fixed addresses, so that graphs can hold the launches.
     """
-
-    capturable = True
-    max_requests: int
 
     def __init__(
         self,
@@ -38,17 +42,20 @@ class TiledBackend(AttentionBackend):
         max_requests: int,
         max_context_tokens: int,
         max_new_tokens: int,
+        static: bool = False,
     ) -> None:
-        self.max_requests, self._max_context_tokens = max_requests, max_context_tokens
-        self.max_new_tokens = max_new_tokens
-        self._tile = rows_of_tile(like.num_heads, like.num_kv_heads)
+        self.capturable = static
+        if static:
+            self.max_requests = max_requests
+        self._slots, self.max_new_tokens = max_requests, max_new_tokens
+        self._tile, self._count = rows_of_tile(like.num_heads, like.num_kv_heads), 1
         room = most_works(max_new_tokens, max_requests, self._tile, 1)
         self._room = -(-room // 4) * 4  # kernels like 16 bytes
-        entries = 4 * self._room + max_context_tokens
-        self._staging = HostStaging(-(-entries // 2), device)  # int64, each of which holds two
-        self._sent = self._staging.device_buffer.view(torch.int32)
-        self._tiles = self._sent[: 4 * self._room].view(4, self._room)
-        self._key_slots = self._sent[4 * self._room :]
+        self._device, self._most_keys = device, max_context_tokens
+        # In a break what the op would tell a capture is of no use, and costs the host 4 µs.
+        direct = device.type == "cuda" and not static
+        self._launch = tiled_attention_on_cuda if direct else tiled_attention
+        self._make_staging(max_context_tokens)
         if device.type == "cuda":  # compile now, or a capture would
             for rows in {min(rows, max_new_tokens) for rows in (1, LONG_ROWS)}:
                 heads = rows, like.num_heads, like.head_dim
@@ -58,22 +65,37 @@ class TiledBackend(AttentionBackend):
     def tensors(self) -> list[torch.Tensor]:
         return [self._staging.device_buffer]
 
+    def _make_staging(self, keys: int) -> None:
+        entries = 4 * self._room + keys
+        self._staging = HostStaging(-(-entries // 2), self._device)  # int64, which holds two
+        sent = self._staging.device_buffer.view(torch.int32)
+        self._tiles = sent[: 4 * self._room].view(4, self._room)
+        self._key_slots = sent[4 * self._room :]
+
     def init_forward_metadata(self, batch: ForwardBatch, rows: int | None = None) -> None:
         keys = batch.num_tokens + len(batch.prefix_slots)
-        if batch.batch_size > self.max_requests or keys > self._max_context_tokens:
-            raise ValueError(
-                f"{batch.batch_size} requests of {keys} tokens with their prefixes do not fit the "
-                f"{self.max_requests} and {self._max_context_tokens} that the captured attention "
-                "has room for"
-            )
+        if self.capturable:
+            self._check_room(batch, keys)
         count = -(-(4 * self._room + keys) // 2)
+        if count > self._staging.capacity:
+            self._make_staging(2 * keys)
         host = self._staging.host()[:count].view(np.int32)
-        table = host[: 4 * self._room].reshape(4, self._room)
-        self._write_tiles(batch, table)
+        tiles = self._write_tiles(batch, host[: 4 * self._room].reshape(4, self._room))
         write_key_slots(batch, host[4 * self._room : 4 * self._room + keys])
         self._staging.send(count)
+        self._count = tiles
+        if self.capturable:
+            self._count = most_works(rows or batch.num_tokens, self._slots, self._tile, 1)
 
-    def _write_tiles(self, batch: ForwardBatch, table: np.ndarray) -> None:
+    def _check_room(self, batch: ForwardBatch, keys: int) -> None:
+        if batch.batch_size > self._slots or keys > self._most_keys:
+            raise ValueError(
+                f"{batch.batch_size} requests of {keys} tokens with their prefixes do not fit the "
+                f"{self._slots} and {self._most_keys} that the captured attention has room for"
+            )
+
+    def _write_tiles(self, batch: ForwardBatch, table: np.ndarray) -> int:
+        """Write the table of ``tiled_attention``; how many tiles there are."""
         new, prefix, tile = batch.extend_lens, batch.prefix_lens, self._tile
         count = -(-int(new[0]) // tile)
         first: np.ndarray | int = 0
@@ -95,6 +117,7 @@ class TiledBackend(AttentionBackend):
         np.minimum(new - at, tile, out=table[1, :count])
         table[1, count:], table[2, :count] = 0, key
         np.add(at, prefix + 1, out=table[3, :count])
+        return count
 
     def forward(
         self,
@@ -104,21 +127,22 @@ class TiledBackend(AttentionBackend):
         v: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        count = most_works(len(q), self.max_requests, self._tile, 1)
-        tiled_attention(
-            *(q, layer.k_cache, layer.v_cache, self._tiles, self._key_slots, count),
-            *(layer.scale, out),
-        )
+        caches = layer.k_cache, layer.v_cache
+        self._launch(q, *caches, self._tiles, self._key_slots, self._count, layer.scale, out)
 
 
 class ByRowsBackend(AttentionBackend):
     """``few`` for forwards of as many rows as it takes, ``many`` for those of more."""
 
-    capturable = True
-
     def __init__(self, few: TiledBackend, many: AttentionBackend) -> None:
         self.few, self.many = few, many
-        self.max_requests, self.serves_prefixes = many.max_requests, many.serves_prefixes
+        self._planned: AttentionBackend = many
+        self.capturable, self.max_requests = many.capturable, many.max_requests
+        self.serves_prefixes, self.windows = many.serves_prefixes, many.windows
+
+    @property
+    def name(self) -> str:
+        return f"{self.few.name} to {self.few.max_new_tokens} rows, else {self.many.name}"
 
     def tensors(self) -> list[torch.Tensor]:
         return [*self.few.tensors(), *self.many.tensors()]
@@ -128,10 +152,11 @@ class ByRowsBackend(AttentionBackend):
 
     def init_forward_metadata(self, batch: ForwardBatch, rows: int | None = None) -> None:
         rows = batch.num_tokens if rows is None else rows
-        self._taken_by(rows).init_forward_metadata(batch, rows)
+        self._planned = self.few if rows <= self.few.max_new_tokens else self.many
+        self._planned.init_forward_metadata(batch, rows)
 
     def begin_layers(self, inputs: LayerInputs) -> None:
-        self._taken_by(len(inputs.positions)).begin_layers(inputs)
+        self._planned.begin_layers(inputs)
 
     def forward(
         self,
@@ -141,7 +166,4 @@ class ByRowsBackend(AttentionBackend):
         v: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        self._taken_by(len(q)).forward(layer, q, k, v, out)
-
-    def _taken_by(self, rows: int) -> AttentionBackend:
-        return self.few if rows <= self.few.max_new_tokens else self.many
+        self._planned.forward(layer, q, k, v, out)

@@ -49,13 +49,23 @@ def guarded() -> Iterator[None]:
 
 
 @contextmanager
-def silent_on_cpu(name: str) -> Iterator[None]:
-    """Let the collectives of a group do nothing to CPU tensors."""
-    _silent.add(name)
+def uncounted() -> Iterator[None]:
+    """Around collectives in which not all ranks have a part."""
+    count = Entered.count
     try:
         yield
     finally:
-        _silent.discard(name)
+        Entered.count = count
+
+
+@contextmanager
+def silent_on_cpu(*names: str) -> Iterator[None]:
+    """Let the collectives of these groups do nothing to CPU tensors."""
+    _silent.update(names)
+    try:
+        yield
+    finally:
+        _silent.difference_update(names)
 
 
 def _is_silent(x: torch.Tensor, group: str) -> bool:

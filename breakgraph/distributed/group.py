@@ -4,8 +4,8 @@ Every rank calls the same collectives in the same order; what decides an order i
 something that every rank knows. A layer takes the group at hand when it is made, so models pass
 none around; with one rank every method here is the identity and records no op.
 
-Where ranks hold different requests (``data_parallel``) they share the experts alone: to every other
-layer each rank is the only one.
+Where ranks hold different requests (``data_parallel``) they share the experts alone: every other
+layer is divided over ``attention``, the ranks that hold the same requests as this one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TensorParallelGroup:
         size: ranks.
         local_rank: the place of this rank on its host, which is its CUDA device.
         scatters_rows: whether mixtures of experts divide the rows among the ranks.
-        data_parallel: whether each rank holds requests of its own.
+        attention: those of the ranks that hold the same requests as this one.
     """
 
     def __init__(
@@ -41,18 +41,34 @@ class TensorParallelGroup:
         data: Any = None,
         control: Any = None,
         scatters_rows: bool = False,
-        data_parallel: bool = False,
+        attention: TensorParallelGroup | None = None,
     ) -> None:
-        """``data`` carries what is on the device, ``control`` facts between the hosts."""
+        """``data`` carries what is on the device, ``control`` facts between the hosts; None for
+        ``attention`` is all ranks."""
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self.scatters_rows = scatters_rows and size > 1
-        self.data_parallel = data_parallel and size > 1
+        self.attention = attention or self
         self._control = control
         self._name = "" if size == 1 else collectives.register(data)
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_parallel(self) -> bool:
+        """Whether there are ranks that hold other requests than this one."""
+        return self.attention is not self
+
+    @property
+    def dp_size(self) -> int:
+        """How many groups of ranks hold requests of their own."""
+        return self.size // self.attention.size
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of them this rank is in: they are neighbours."""
+        return self.rank // self.attention.size
 
     # On the device.
 
@@ -93,6 +109,28 @@ class TensorParallelGroup:
     def rows_of_rank(self, rows: int) -> int:
         """Rows of each rank where ``rows`` are scattered; the last ones may be padding."""
         return -(-rows // self.size)
+
+    def share(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of ``[rows, ...]`` that every rank has: ``[rows_of_rank(rows), ...]``.
+
+        Rows past the last are zeros.
+        """
+        each = self.rows_of_rank(len(whole))
+        mine = whole[self.rank * each : (self.rank + 1) * each]
+        if len(mine) == each:
+            return mine
+        padded = whole.new_zeros(each, *whole.shape[1:])
+        padded[: len(mine)] = mine
+        return padded
+
+    def begin_sum_of_shares(self, share: torch.Tensor, rows: int) -> torch.Tensor:
+        """``[rows, ...]``, zeros but for this rank's: what adds up, over the ranks, to all."""
+        if self.size == 1:
+            return share
+        whole = share.new_zeros(rows, *share.shape[1:])
+        mine = whole[self.rank * len(share) : (self.rank + 1) * len(share)]
+        mine.copy_(share[: len(mine)])
+        return whole
 
     def begin_sum_(self, total: torch.Tensor) -> torch.Tensor:
         """Make ``total`` enter a sum over the ranks once: only the first rank's stays."""
@@ -149,9 +187,9 @@ class TensorParallelGroup:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Layers made inside are sharded over this group, if ``data_parallel`` experts alone."""
+        """Experts made inside are shared out to this group, other layers to ``attention``."""
         outer = _local.group, _local.experts
-        _local.group, _local.experts = SINGLE if self.data_parallel else self, self
+        _local.group, _local.experts = self.attention, self
         try:
             yield
         finally:
@@ -165,7 +203,7 @@ class TensorParallelGroup:
         fails therefore leaves no other rank waiting. On CUDA a captured collective is a kernel,
         which runs.
         """
-        with collectives.silent_on_cpu(self._name):
+        with collectives.silent_on_cpu(self._name, self.attention._name):
             yield
 
 

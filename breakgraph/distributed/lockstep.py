@@ -1,10 +1,10 @@
 """Every rank runs the forwards of rank 0: its batches, and what it did to states between them.
 
 A forward goes out as one array of int64, in one broadcast unless it is long: the counts of every
-batch, then the batches, one for all ranks or, with --dp-size, one for each. Slots of cached tokens
-are sent once: each rank keeps a copy of its request table, told apart by the versions of its rows
-as the slot mirror on a device is, and gets what was added since. So a decode of 64 requests of
-1000 tokens is 460 entries, packed in 39 µs.
+batch, then the batches, one for all ranks or, with --dp-size, one for each group of them. Slots of
+cached tokens are sent once: each rank keeps a copy of its request table, told apart by the versions
+of its rows as the slot mirror on a device is, and gets what was added since. So a decode of 64
+requests of 1000 tokens is 460 entries, packed in 39 µs.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class Leader:
     def __init__(self, ranks: Ranks, runner: ModelRunner) -> None:
         self._ranks = ranks
         self._packers = [_Packer(memory.table) for memory in runner.rank_memory]
-        told = self._packers[1:] or self._packers  # of what is copied on rank 0, if all follow it
-        for packer, memory in zip(told, runner.rank_memory[-len(told) :], strict=True):
+        self._alone = int(ranks.group.attention.size == 1)  # nobody else runs rank 0's batch
+        followed = list(zip(self._packers, runner.rank_memory, strict=True))[self._alone :]
+        for packer, memory in followed:
             if memory.states is not None:
                 memory.states.on_copy = packer.copied
 
@@ -58,7 +59,7 @@ class Leader:
         """Around a forward, which ``bucket`` replays, if any does.
 
         Args:
-            batches: the one that all ranks run, or one for each.
+            batches: the one that all ranks run, or one for each group of ranks.
             bucket: what this rank has decided for.
             allow_graph: what it has decided by.
 
@@ -84,8 +85,8 @@ class Leader:
     def _pack(self, batches: Sequence[ForwardBatch], bucket: int, allow_graph: bool) -> np.ndarray:
         counts, parts = RankCounts.of(batches), []
         for index, (packer, batch) in enumerate(zip(self._packers, batches, strict=True)):
-            own = index == 0 and len(batches) > 1  # which is here already
-            parts.append(np.zeros(0, np.int64) if own else packer.pack(batch))
+            here = index < self._alone
+            parts.append(np.zeros(0, np.int64) if here else packer.pack(batch))
         header = [
             _HEADER + _COUNTS * len(parts) + sum(map(len, parts)),
             bucket,
@@ -171,7 +172,7 @@ def _run(runner: ModelRunner, message: np.ndarray) -> None:
     begin = _HEADER + _COUNTS * num_parts
     entries, tokens, requests = message[_HEADER:begin].reshape(num_parts, _COUNTS).T.tolist()
     mode = ForwardMode.DECODE if decode else ForwardMode.PREFILL
-    mine = runner.group.rank if num_parts > 1 else 0
+    mine = runner.group.dp_rank if num_parts > 1 else 0
     part = np.split(message[begin:], np.cumsum(entries)[:-1])[mine]
     batch = _unpack(runner, part, mode, tokens[mine], requests[mine])
     if runner.ranked is not None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from breakgraph.distributed.group import TensorParallelGroup
+from breakgraph.distributed.group import SINGLE, TensorParallelGroup
 from breakgraph.distributed.watch import COLLECTIVE_SECONDS
 
 if TYPE_CHECKING:
@@ -71,8 +71,21 @@ def make_group(
         data=data,
         control=control,
         scatters_rows=args.moe_scatter,
-        data_parallel=args.dp_size > 1,
+        attention=make_attention_group(rank, size, args),
     )
+
+
+def make_attention_group(rank: int, size: int, args: ServerArgs) -> TensorParallelGroup | None:
+    """The ranks that hold the same requests as ``rank``: neighbours, so of one host where hosts
+    have as many. None where all ranks do. Every rank makes the groups of all."""
+    each = size // args.dp_size
+    if each == size:
+        return None
+    if each == 1:
+        return SINGLE
+    how: Any = {"backend": backend_of(args), "timeout": timedelta(seconds=COLLECTIVE_SECONDS)}
+    groups = [dist.new_group(range(first, first + each), **how) for first in range(0, size, each)]
+    return TensorParallelGroup(rank % each, each, data=groups[rank // each])
 
 
 def end_groups(*, together: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from breakgraph.distributed.group import TensorParallelGroup, current_group
+from breakgraph.distributed.group import TensorParallelGroup, current_group, expert_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,10 @@ def equal_shard(total: int, what: str, group: TensorParallelGroup | None = None)
     """
     group = group or current_group()
     if total % group.size:
+        ranks = "--tp-size" if group is expert_group() else "--tp-size / --dp-size"
         raise ValueError(
-            f"{what} {total} cannot be divided among --tp-size {group.size} ranks; choose a "
-            "--tp-size that divides it"
+            f"{what} {total} cannot be divided among {ranks} {group.size} ranks; choose a "
+            f"{ranks} that divides it"
         )
     each = total // group.size
     return Shard(total, group.rank * each, (group.rank + 1) * each)

@@ -72,6 +72,7 @@ class Watch:
         )
 
     def start(self) -> None:
+        Entered.count = 0  # of an earlier engine's, which other ranks may not have had
         self._looked = time.monotonic()
         self._thread.start()
         self._guard.start()

@@ -1,7 +1,8 @@
 """How much each rank has to do in a forward of ranks that hold different requests.
 
 Every rank has the same counts before the forward. So whatever is decided from them alone, the
-bucket before all, is decided alike everywhere, whether a rank has rows of its own or none.
+bucket before all, is decided alike everywhere, whether a rank has rows of its own or none. Ranks
+that hold the same requests, one of the groups of --dp-size, are one rank here.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def _on_cpu(
         out[row : row + rows] = torch.einsum("hqk,khd->qhd", weights, values).to(out.dtype)
 
 
-def _on_cuda(
+def tiled_attention_on_cuda(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -117,6 +117,7 @@ def _on_cuda(
     scale: float,
     out: torch.Tensor,
 ) -> None:
+    """``tiled_attention`` by Triton."""
     special = _specialized(
         *(q.shape[1:], k_cache.shape[1], q.stride(), out.stride(), tiles.shape[1], scale),
         *(len(q) >= LONG_ROWS, launches_early(q.device)),
@@ -150,7 +151,7 @@ def _specialized(
 
 
 _library.impl("tiled_attention", _on_cpu, "CPU")
-_library.impl("tiled_attention", _on_cuda, "CUDA")
+_library.impl("tiled_attention", tiled_attention_on_cuda, "CUDA")
 
 
 class _Kernels(NamedTuple):

@@ -7,7 +7,8 @@ With more than one rank each has some of the experts, and what goes to another r
 here.
 
 Where ranks hold different requests, each brings its rows and takes back what all experts made of
-them: a gather before, a reduce-scatter behind, of as many rows a rank as its forward has.
+them: a gather before, a reduce-scatter behind, of as many rows a rank as its forward has. Ranks
+that hold the same requests have the same rows, of which each brings and takes back its share.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class Experts(nn.Module):
         experts: torch.Tensor,
         num_token_non_padded: torch.Tensor,
     ) -> torch.Tensor:
-        """The weighted sum of each row's experts: of those that this rank has, or, where ranks hold
-        different requests, of all.
+        """What adds up to the weighted sum of each row's experts, over the ranks that have the row:
+        that of the experts that this rank has, or, where ranks hold different requests, that of all
+        for its share of the rows.
 
         Args:
             x: ``[rows, size]``; padded rows may hold anything.
@@ -58,11 +60,15 @@ class Experts(nn.Module):
         Returns:
             ``[rows, size]``, exactly 0 in padded rows.
         """
-        if self._group.data_parallel:
-            everyones = self._group.all_gather(x)
-            mixed = self.gathered(everyones, weights, experts, num_token_non_padded)
-            return self._group.reduce_scatter(mixed)
-        return self._routed(x, weights, experts, num_token_non_padded)
+        if not self._group.data_parallel:
+            return self._routed(x, weights, experts, num_token_non_padded)
+        peers, rows = self._group.attention, len(x)
+        if peers.rank:
+            num_token_non_padded = num_token_non_padded - peers.rank * peers.rows_of_rank(rows)
+        everyones = self._group.all_gather(peers.share(x))
+        routes = peers.share(weights), peers.share(experts)
+        mixed = self.gathered(everyones, *routes, num_token_non_padded)
+        return peers.begin_sum_of_shares(self._group.reduce_scatter(mixed), rows)
 
     def gathered(
         self,

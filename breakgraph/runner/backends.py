@@ -50,6 +50,7 @@ def prefill_backend(
     """For packed sequences, attention and recurrent mixers run in breaks."""
     most = args.max_running_requests
     full = _attention_backend(model, args, dtype, device, chunk_size, most)
+    full = _few_rows_tiled(full, model, args, dtype, device, chunk_size, most)
     if mamba_pool is None:
         return full
     linear = linear_backend(model, mamba_pool, device, most, chunk_size)
@@ -75,7 +76,7 @@ def static_prefill_backend(
     asked = args.attention_backend == "torch_native"
     if isinstance(full, TorchNativeBackend) and device.type == "cuda" and not asked:
         return None  # its scores of all rows with all would take gigabytes of a long bucket
-    full = _few_rows_tiled(full, model, args, dtype, device, chunk_size)
+    full = _few_rows_tiled(full, model, args, dtype, device, chunk_size, slots)
     if mamba_pool is None:
         return full
     linear = linear_backend(model, mamba_pool, device, slots, chunk_size, static=True)
@@ -89,6 +90,7 @@ def _few_rows_tiled(
     dtype: torch.dtype,
     device: torch.device,
     chunk_size: int,
+    max_requests: int,
 ) -> AttentionBackend:
     """``many``, with forwards of few rows left to the tiled kernel where that serves the model."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
@@ -102,9 +104,10 @@ def _few_rows_tiled(
     few = TiledBackend(
         first,
         device=device,
-        max_requests=args.graph_slots,
-        max_context_tokens=args.graph_slots * model.context_length,
+        max_requests=max_requests,
+        max_context_tokens=max_requests * model.context_length if many.capturable else chunk_size,
         max_new_tokens=min(wave, chunk_size),
+        static=many.capturable,
     )
     return ByRowsBackend(few, many)
 

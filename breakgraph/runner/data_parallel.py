@@ -1,10 +1,10 @@
-"""One forward of ranks that hold different requests (``--dp-size``).
+"""One forward of groups of ranks that hold different requests (``--dp-size``).
 
-Every rank runs the whole model but the experts on rows of its own, as many rows as any other:
-those of the bucket, or of the rank with the most tokens, so that the experts' collectives are of
+Every group runs the whole model but the experts on rows of its own, as many rows as any other:
+those of the bucket, or of the group with the most tokens, so that the experts' collectives are of
 one size. Whether there is a bucket is decided on every rank by the counts of all. Behind the layer
-stack one row a request goes to rank 0, which makes the logits: a hidden state is a hundredth of the
-logits made of it.
+stack one row a request goes to rank 0's group, which makes the logits: a hidden state is a
+hundredth of the logits made of it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from breakgraph.distributed.collectives import uncounted
 from breakgraph.forward import ForwardBatch, RankCounts
 from breakgraph.layers.moe_experts import Experts
 from breakgraph.runner.buckets import Dispatch
@@ -36,7 +37,7 @@ def check_model(model: PrefillModel) -> None:
 
 
 class RankedForward:
-    """Runs a batch of each rank in one forward.
+    """Runs a batch of each group in one forward.
 
     Args:
         runner: of this rank.
@@ -47,14 +48,14 @@ class RankedForward:
 
     @torch.no_grad()
     def run(self, batches: Sequence[ForwardBatch], *, allow_graph: bool) -> list[ForwardResult]:
-        """On rank 0: run the batches of all ranks, which have one mode.
+        """On rank 0: run the batches of all groups, which have one mode.
 
         Args:
-            batches: in the order of the ranks, the last ones left out where they are idle.
+            batches: in the order of the groups, the last ones left out where they are idle.
             allow_graph: as for ``ModelRunner.forward``.
 
         Returns:
-            What each gives, on this rank's device; of an idle rank no rows.
+            What each gives, on this rank's device; of an idle group no rows.
 
         Raises:
             ValueError, RankFailedError: as ``ModelRunner.forward``; no batch has run, or all end.
@@ -72,7 +73,8 @@ class RankedForward:
 
     @torch.no_grad()
     def follow(self, batch: ForwardBatch, counts: RankCounts, *, allow_graph: bool) -> Dispatch:
-        """On another rank: run its ``batch``; returns what it decided by the counts of all."""
+        """On another rank: run the ``batch`` of its group; returns what it decided by the counts
+        of all."""
         dispatch = self._runner.dispatch(counts.widest(), allow_graph=allow_graph)
         self._run(batch, counts, dispatch)
         return dispatch
@@ -89,26 +91,33 @@ class RankedForward:
             mine = runner.pooler(hidden, filled.extend_lens)
         else:
             mine = hidden.float()
-        rows = group.gather_padded(mine, max(counts.requests))
+        rows = self._of_groups(mine, counts.requests)
         logprobs = None
         if counts.with_logprobs:
             known = hidden.new_zeros(0, dtype=torch.float32)
             if filled.logprob_targets is not None:
                 head = runner.model.logits_head
-                known = runner.logits.target_logprobs(hidden, head, filled.logprob_targets)
-            logprobs = group.gather_padded(known, counts.rows)
-        if not group.is_first:
+                with uncounted():
+                    known = runner.logits.target_logprobs(hidden, head, filled.logprob_targets)
+            logprobs = self._of_groups(known, counts.tokens)
+        if group.dp_rank:
             return []
-        real = [part[:count] for part, count in zip(rows, counts.requests, strict=True)]
         results = [
             ForwardResult(replace(dispatch, num_tokens=tokens), graph=stack.graph)
             for tokens in counts.tokens
         ]
         if runner.args.is_embedding:
-            return [replace(r, pooled=part) for r, part in zip(results, real, strict=True)]
-        logits = runner.logits.logits(torch.cat(real), runner.model.logits_head)
+            return [replace(r, pooled=part) for r, part in zip(results, rows, strict=True)]
+        with uncounted():
+            logits = runner.logits.logits(torch.cat(rows), runner.model.logits_head)
         parts = logits.split(list(counts.requests))
         if logprobs is not None:
-            pairs = zip(results, logprobs, counts.tokens, strict=True)
-            results = [replace(r, input_token_logprobs=row[:n]) for r, row, n in pairs]
+            pairs = zip(results, logprobs, strict=True)
+            results = [replace(r, input_token_logprobs=row) for r, row in pairs]
         return [replace(r, next_token_logits=p) for r, p in zip(results, parts, strict=True)]
+
+    def _of_groups(self, mine: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+        """What the ranks of each group have alike, ``[count, ...]``, of every group."""
+        group = self._runner.group
+        gathered = group.gather_padded(mine, max(counts))[:: group.attention.size]
+        return [part[:count] for part, count in zip(gathered, counts, strict=True)]

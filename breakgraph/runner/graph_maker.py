@@ -182,7 +182,7 @@ class GraphMaker:
             "versions": [breakgraph.__version__, torch.__version__, str(torch.version.cuda)],
             "flags": {name: getattr(self.args, name) for name in flags},
             "ladders": {runner.kind: list(runner.buckets) for runner in runners},
-            "backends": [type(runner.attn_backend).__name__ for runner in runners],
+            "backends": [runner.attn_backend.name for runner in runners],
         }
 
     def _keep_within(self, runners: Sequence[PrefillGraphRunner], budget: int) -> None:

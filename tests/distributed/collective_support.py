@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from breakgraph.distributed import TensorParallelGroup
+from breakgraph.distributed.collectives import Entered
 from breakgraph.graph import (
     BreakableCUDAGraph,
     BreakableCUDAGraphCapture,
@@ -71,3 +72,9 @@ def check_captured_collectives(group: TensorParallelGroup) -> None:
         assert launched.tolist() == [2.0 * group.size] * 3
     for one in graphs:
         one.graph.reset()
+
+
+def check_as_many_entered(group: TensorParallelGroup) -> None:
+    """Ranks that a hang would be told by have entered as many collectives."""
+    entered = Entered.count
+    assert group.all_gather(torch.tensor([entered])).tolist() == [entered] * group.size

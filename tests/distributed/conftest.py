@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from pair import Pair
+
+from breakgraph.forward import ForwardBatch, RankCounts
+from breakgraph.runner.buckets import Dispatch
+from breakgraph.runner.data_parallel import RankedForward
 
 
 @pytest.fixture(scope="module")
@@ -21,3 +26,17 @@ def in_pair(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine's ranks are those of ``pair``."""
     pair.fails = None
     monkeypatch.setattr("breakgraph.engine.engine.start_ranks", pair.start_ranks)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RankCounts, int | None]]:
+    """The counts of every forward of ranks, and its bucket."""
+    found: list[tuple[RankCounts, int | None]] = []
+    real = RankedForward._run
+
+    def run(self: RankedForward, batch: ForwardBatch, counts: RankCounts, how: Dispatch) -> Any:
+        found.append((counts, how.bucket))
+        return real(self, batch, counts, how)
+
+    monkeypatch.setattr(RankedForward, "_run", run)
+    return found

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from breakgraph.distributed import TensorParallelGroup
 from breakgraph.distributed.lockstep import follow
+from breakgraph.distributed.process_groups import make_attention_group
 from breakgraph.distributed.ranks import Ranks, connect, end_all
 from breakgraph.distributed.watch import when_closed
 from breakgraph.engine import PrefillResult
@@ -88,8 +89,9 @@ def lent(ranks: Ranks, args: ServerArgs) -> Ranks:
     copy = Ranks(ranks.group)
     copy.watch, copy._closed = ranks.watch, False
     copy.close = lambda **how: None  # type: ignore[method-assign]
-    ranks.group.scatters_rows = args.moe_scatter
-    ranks.group.data_parallel = args.dp_size > 1
+    group = ranks.group
+    group.scatters_rows = args.moe_scatter
+    group.attention = make_attention_group(group.rank, group.size, args) or group
     return copy
 
 

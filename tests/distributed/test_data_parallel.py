@@ -10,110 +10,38 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hybrid_support import save_hybrid
+from data_parallel_support import (
+    BREAKABLE,
+    HYBRID_NAMES,
+    MODELS,
+    PROMPTS,
+    WAYS,
+    by_turns,
+    close,
+    make_engine,
+    outcome,
+    ranks_of,
+    save_models,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from models_support import make_reference, random_prompts, save_checkpoint
+from models_support import random_prompts
 from pair import assert_same_prefills
 
-from breakgraph import Engine
-from breakgraph.distributed import TensorParallelGroup, current_group, expert_group
-from breakgraph.engine.data_parallel import RankedScheduler, choose_rank
-from breakgraph.engine.request import Want
+from breakgraph.distributed import SINGLE, TensorParallelGroup, current_group, expert_group
+from breakgraph.engine.data_parallel import choose_rank
 from breakgraph.engine.sampling_params import SamplingParams
-from breakgraph.forward import ForwardBatch, ForwardMode, RankCounts
+from breakgraph.forward import ForwardMode, RankCounts
 from breakgraph.layers import moe_experts
 from breakgraph.layers.moe_experts import GatedExperts
-from breakgraph.runner.buckets import Dispatch
-from breakgraph.runner.data_parallel import RankedForward
 from breakgraph.server_args import ServerArgs
 
 pytestmark = pytest.mark.usefixtures("in_pair")
 
-SIZES = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-MOE = {**SIZES, "num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": [], "head_dim": 8}
-DEEPSEEK = {
-    **SIZES,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": None,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "head_dim": 4,
-    "topk_method": "greedy",
-    "norm_topk_prob": False,
-}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 8}),
-    "qwen3-moe": ("Qwen3MoeForCausalLM", MOE),
-    "qwen3-moe-mixed": ("Qwen3MoeForCausalLM", {**MOE, "mlp_only_layers": [0]}),
-    "qwen3-moe-tied": ("Qwen3MoeForCausalLM", {**MOE, "tie_word_embeddings": True}),
-    "deepseek-v2": ("DeepseekV2ForCausalLM", DEEPSEEK),
-    "deepseek-v3": ("DeepseekV3ForCausalLM", {**DEEPSEEK, "n_group": 2, "topk_group": 1}),
-}
-HYBRID_NAMES = ["nemotron_h-latent", "qwen3_next", "qwen3_next-biased"]
-BREAKABLE = {
-    "enable_breakable_cuda_graph": True,
-    "piecewise_cuda_graph_tokens": [16, 64],
-    "prefill_dispatch": "always",
-    "max_prefill_padding": 64.0,
-}
-WAYS: dict[str, dict[str, Any]] = {
-    "eager": {},
-    "replayed": {**BREAKABLE, "cuda_graph_bs": [1, 4]},
-}
-PROMPTS = random_prompts([1, 5, 23, 40, 3, 64, 17])
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    for name, (architecture, config) in MODELS.items():
-        save_checkpoint(make_reference(architecture, **config), root / name)
-    for name in HYBRID_NAMES:
-        save_hybrid(name, root / name)
-    return {name: root / name for name in [*MODELS, *HYBRID_NAMES]}
-
-
-def make_engine(folder: Path, size: int, **flags: Any) -> Engine:
-    settings: dict[str, Any] = {
-        "device": "cpu",
-        "skip_tokenizer_init": True,
-        "chunked_prefill_size": 64,
-        "max_total_tokens": 512,
-        "max_running_requests": 4,
-    }
-    return Engine(model_path=str(folder), tp_size=size, dp_size=size, **settings | flags)
-
-
-def ranks_of(engine: Engine) -> RankedScheduler:
-    scheduler = engine._scheduler
-    assert isinstance(scheduler, RankedScheduler)
-    return scheduler
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RankCounts, int | None]]:
-    """The counts of every forward of ranks, and its bucket."""
-    found: list[tuple[RankCounts, int | None]] = []
-    real = RankedForward._run
-
-    def run(self: RankedForward, batch: ForwardBatch, counts: RankCounts, how: Dispatch) -> Any:
-        found.append((counts, how.bucket))
-        return real(self, batch, counts, how)
-
-    monkeypatch.setattr(RankedForward, "_run", run)
-    return found
-
-
-def outcome(folder: Path, size: int, **flags: Any) -> tuple[list[Any], list[Any]]:
-    with make_engine(folder, size, **flags) as engine:
-        prefills = engine.prefill(PROMPTS, return_logprob=True)
-        tokens = engine.generate(PROMPTS, max_new_tokens=6)
-    return prefills, tokens
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +68,6 @@ def test_four_ranks_give_what_one_gives(folders, counted) -> None:
         close(b.next_token_logits, a.next_token_logits)
     assert [r.token_ids for r in four[1]] == [r.token_ids for r in one[1]]
     assert all(len(counts.tokens) == 4 for counts, _ in counted)
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -252,16 +176,7 @@ def test_a_prompt_goes_where_its_beginning_is_cached(folders, name: str) -> None
     with make_engine(folders[name], 1) as engine:
         expected = [r.token_ids for r in engine.generate(prompts, 4)]
     with make_engine(folders[name], 2) as engine:
-        scheduler, requests = ranks_of(engine), []
-        with engine._turn("generate", Want.TOKENS) as admission:
-            params = SamplingParams(max_new_tokens=4, temperature=0)
-            for ids in prompts:
-                request = admission.continuation(ids, params, admission.rule(params))
-                requests.append(request)
-                scheduler.add(request)
-                if len(requests) > 1:  # the first two are there together
-                    while scheduler.has_work:
-                        scheduler.step()
+        requests = by_turns(engine, prompts)
         assert [request.rank for request in requests] == [0, 1, 1, 0]
         assert [request.cached_tokens for request in requests] == [0, 0, 40, 23]
         assert [request.new_ids for request in requests] == expected
@@ -309,10 +224,11 @@ class Meeting:
 
 
 class ThreadGroup(TensorParallelGroup):
-    """A rank that is a thread."""
+    """A rank that is a thread; ``each`` of them hold the same requests."""
 
-    def __init__(self, rank: int, size: int, meeting: Meeting) -> None:
-        super().__init__(rank, size, data_parallel=True)
+    def __init__(self, rank: int, size: int, each: int, meeting: Meeting) -> None:
+        peers = SINGLE if each == 1 else TensorParallelGroup(rank % each, each)
+        super().__init__(rank, size, attention=peers)
         self._meeting = meeting
 
     def all_gather(self, part: torch.Tensor) -> torch.Tensor:
@@ -322,20 +238,22 @@ class ThreadGroup(TensorParallelGroup):
         return sum(self._meeting.exchange(self.rank, part)).chunk(self.size)[self.rank]
 
 
+@pytest.mark.parametrize("each", [1, 2])
 @pytest.mark.parametrize("size", [16, 6])
 @pytest.mark.parametrize("counts", [(7, 7), (5, 2), (0, 7), (3, 0)])
-def test_padded_rows_of_no_rank_reach_an_expert(size: int, counts, monkeypatch) -> None:
+def test_padded_rows_of_no_rank_reach_an_expert(size: int, each, counts, monkeypatch) -> None:
     torch.manual_seed(0)
     whole, ranks = GatedExperts(4, size, size), []
     for parameter in whole.parameters():
         parameter.normal_()
-    meeting = Meeting(2)
-    for number in range(2):
-        with ThreadGroup(number, 2, meeting).active():
-            assert current_group().size == 1 and expert_group().size == 2
+    all_ranks = 2 * each
+    meeting = Meeting(all_ranks)
+    for number in range(all_ranks):
+        with ThreadGroup(number, all_ranks, each, meeting).active():
+            assert (current_group().size, expert_group().size) == (each, all_ranks)
             ranks.append(GatedExperts(4, size, size))
         for mine, all_ in zip(ranks[-1].parameters(), whole.parameters(), strict=True):
-            mine.copy_(all_[2 * number : 2 * number + 2])
+            mine.copy_(all_.chunk(all_ranks)[number])
     inputs = []
     for count in counts:
         x, weights = torch.randn(7, size), torch.rand(7, 2)
@@ -349,8 +267,9 @@ def test_padded_rows_of_no_rank_reach_an_expert(size: int, counts, monkeypatch) 
         return dispatch
 
     monkeypatch.setattr(moe_experts, "sort_routes", watched)
-    with ThreadPoolExecutor(2) as threads:
-        found = list(threads.map(lambda rank: ranks[rank](*inputs[rank]), range(2)))
+    with ThreadPoolExecutor(all_ranks) as threads:
+        parts = threads.map(lambda rank: ranks[rank](*inputs[rank // each]), range(all_ranks))
+        found = torch.stack(list(parts)).unflatten(0, (2, each)).sum(1)
     assert sum(worked) == 2 * sum(counts)
     for one, given_, count in zip(found, inputs, counts, strict=True):
         torch.testing.assert_close(one, whole(*given_), atol=1e-4, rtol=1e-4)
@@ -360,7 +279,8 @@ def test_padded_rows_of_no_rank_reach_an_expert(size: int, counts, monkeypatch) 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"tp_size": 2, "dp_size": 4}, "--dp-size 4 must be --tp-size, which is 2"),
+        ({"tp_size": 2, "dp_size": 4}, "--dp-size 4 must divide --tp-size, which is 2"),
+        ({"tp_size": 4, "dp_size": 3}, "into how many groups"),
         ({"dp_size": 2}, "start a server each"),
         ({"tp_size": 2, "dp_size": 2, "moe_scatter": True}, "leave one out"),
     ],

@@ -48,12 +48,12 @@ def test_a_server_answers_from_both_ranks_and_ends_with_either(folder: Path, ser
     check_kill("prefill", server)
 
 
-def test_an_engine_says_which_rank_died(folder: Path) -> None:
+@pytest.mark.parametrize("size", [2, 4])
+def test_an_engine_says_which_rank_died(folder: Path, size: int) -> None:
     flags = {"model_path": str(folder), "device": "cpu", "max_total_tokens": 512}
-    with Engine(tp_size=2, dp_size=2, **flags) as engine:
+    with Engine(tp_size=size, dp_size=2, **flags) as engine:
         engine.generate(["hello"], max_new_tokens=2)
-        [process] = engine._ranks._processes
-        process.kill()
+        engine._ranks._processes[0].kill()
         for _ in range(2):
-            with pytest.raises(RankFailedError, match="rank 1 of 2 was killed by SIGKILL"):
+            with pytest.raises(RankFailedError, match=f"rank 1 of {size} was killed by SIGKILL"):
                 engine.generate(["hello"], max_new_tokens=2)

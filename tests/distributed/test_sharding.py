@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from hybrid_support import HYBRIDS, save_hybrid
+from hypothesis import given
+from hypothesis import strategies as st
 from models_support import make_reference, save_checkpoint
 
 from breakgraph.distributed import SINGLE, TensorParallelGroup, equal_shard, kv_shard
@@ -113,6 +115,16 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path, size, config, said: s
         load_model(tmp_path)
 
 
+def test_a_refusal_names_the_flags_that_count_the_ranks() -> None:
+    group = TensorParallelGroup(0, 6, attention=rank(0, 3))
+    with group.active():
+        with pytest.raises(ValueError, match="among --tp-size / --dp-size 3 ranks"):
+            kv_shard(4, 2)
+        with pytest.raises(ValueError, match="experts 4 cannot be divided among --tp-size 6"):
+            GatedExperts(4, 8, 8)
+    assert group.data_parallel and group.dp_size == 2 and not rank(0, 3).data_parallel
+
+
 @pytest.mark.parametrize("size", [16, 6])
 def test_the_experts_of_all_ranks_give_what_all_experts_give(size: int) -> None:
     torch.manual_seed(0)
@@ -201,3 +213,15 @@ def test_a_rank_ends_with_the_process_that_spawned_it() -> None:
         os.close(writer)
         assert closed.wait(20)
     assert ended(-9) == "was killed by SIGKILL" and ended(2) == "ended with exit code 2"
+
+
+@given(st.integers(1, 9), st.integers(1, 4))
+def test_the_shares_of_ranks_add_up(rows: int, size: int) -> None:
+    whole = torch.randn(rows, 3)
+    total = torch.zeros_like(whole)
+    for number in range(size):
+        group = rank(number, size)
+        share = group.share(whole)
+        assert share.shape == (group.rows_of_rank(rows), 3)
+        total += group.begin_sum_of_shares(share, rows)
+    assert torch.equal(total, whole)

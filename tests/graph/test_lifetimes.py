@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import os
 import sys
 import weakref
 
@@ -267,7 +268,9 @@ def test_memory_stays_where_it_was_over_200_captures(device):
     if device == "cpu":
         assert after[0] - before[0] < 200, "at least one Python object a capture stays behind"
     else:
-        assert after[0] == before[0] and before[1] - after[1] <= 4 << 20
+        assert after[0] == before[0]
+        if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1":  # else others use the GPU too
+            assert before[1] - after[1] <= 4 << 20
 
 
 def memory_in_use(device):
