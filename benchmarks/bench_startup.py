@@ -71,14 +71,21 @@ def start(folder: str, load_format: str, tokens: int, began: float) -> dict[str,
             _ = transformers.AutoConfig, transformers.PreTrainedConfig
         with phases.phase("import breakgraph"):
             from breakgraph.engine import Engine, engine
+            from breakgraph.kernels.launch import import_triton
             from breakgraph.models import weights
             from breakgraph.runner import GraphRunner, measuring, model_runner
         cuda = torch.cuda.is_available()
         with phases.phase("CUDA context"):
             torch.empty(0, device="cuda" if cuda else "cpu")
+        if cuda:
+            with phases.phase("import triton"):
+                import_triton()
         phases.watch(engine, "load_tokenizer", "tokenizer")
         phases.watch(model_runner, "load_model", "weights")
         phases.watch(weights, "_build", "model on the meta device")
+        phases.watch(weights, "read_config", "config")
+        phases.watch(model_runner, "use_small_products", "kernels for few rows")
+        phases.watch(model_runner, "prefill_backend", "attention kernels")
         phases.watch(model_runner, "make_kv_pool", "KV pool")
         phases.watch(model_runner, "make_mamba_pool", "state pool")
         phases.watch(GraphRunner, "capture", lambda graphs: f"capture {_kind(graphs)}")

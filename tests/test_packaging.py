@@ -101,6 +101,7 @@ engine = Engine(
 assert engine.generate([[1, 2, 3]], 1)[0].bucket == 16
 heavy = {{"sympy", "torch._dynamo", "torch._inductor", "torch.utils.tensorboard", "triton"}}
 heavy |= {{"transformers.modeling_utils", "transformers.tokenization_utils_base"}}
+heavy |= {{"transformers.models.auto.modeling_auto", "transformers.generation.utils"}}
 heavy |= {{"fastapi", "lm_eval", "datasets", "pandas", "scipy", "sklearn", "torchvision"}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """

@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from breakgraph.graph import BreakableCUDAGraph, BreakableCUDAGraphCapture
 from breakgraph.kernels.launch import import_triton
 from breakgraph.kernels.pointwise import relu_squared_, silu_mul, silu_mul_reference
-from breakgraph.kernels.rotary import qk_norm_rope_store, qk_norm_rope_store_reference
+from breakgraph.kernels.rotary import (
+    qk_norm_rope_store,
+    qk_norm_rope_store_reference,
+    qkv_norm_rope_store,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -210,6 +214,50 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, torch.Tensor], mes
     given |= {"q_weight": heads.q_weight, "k_weight": heads.k_weight}
     with pytest.raises(ValueError, match=message):
         qk_norm_rope_store(**given | change)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fused_projection_gives_the_bits_of_its_heads(dtype: torch.dtype, device: str) -> None:
+    heads = Heads(dtype=dtype, device=device)
+    expected = [x.clone() for x in heads.run()]
+    heads.k_cache.zero_()
+    heads.v_cache.zero_()
+    projection = heads.qkv.flatten(1)
+    q, k, v = qkv_norm_rope_store(
+        projection,
+        cos_sin=heads.cos_sin,
+        out_cache_loc=heads.slots,
+        k_cache=heads.k_cache,
+        v_cache=heads.v_cache,
+        q_weight=heads.q_weight,
+        k_weight=heads.k_weight,
+        eps=1e-6,
+    )
+    assert torch.equal(q, expected[0])
+    assert torch.equal(k, expected[1])
+    assert torch.equal(v, heads.inputs[2])
+    assert v.untyped_storage().data_ptr() == projection.untyped_storage().data_ptr()
+    for cache, wanted in zip((heads.k_cache, heads.v_cache), expected[2:], strict=True):
+        assert torch.equal(cache[heads.slots], wanted[heads.slots])
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 8), (5, 63), (5, 32)])
+def test_a_projection_without_heads_is_refused(shape: tuple[int, ...]) -> None:
+    heads = Heads()
+    others = {"cos_sin": heads.cos_sin, "out_cache_loc": heads.slots}
+    with pytest.raises(ValueError, match="queries, and 2 of keys and of values each"):
+        qkv_norm_rope_store(
+            torch.zeros(shape), k_cache=heads.k_cache, v_cache=heads.v_cache, **others
+        )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_one_wide_product_is_a_gate_and_what_it_gates(device: str) -> None:
+    wide = torch.randn(3, 16, device=device)
+    assert torch.equal(silu_mul(wide), silu_mul(*wide.chunk(2, dim=1)))
+    with pytest.raises(ValueError, match="no two halves"):
+        silu_mul(torch.zeros(2, 3, device=device))
 
 
 def test_activations_refuse_gaps_and_unequal_shapes() -> None:

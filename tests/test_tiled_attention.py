@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_support import (
     BATCHES,
     CPU,
@@ -63,6 +64,40 @@ def test_any_batch_gives_what_the_reference_gives(device: str, lengths: Lengths)
     for in_place in (False, True):
         check(layer, lengths, in_place=in_place)
         check(layer, lengths, in_place=in_place, static=False, max_context_tokens=4)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_tokens_that_see_later_ones_are_read_in_rows(
+    device: str, heads: tuple[int, int], static: bool
+) -> None:
+    layer = make_layer(device, torch.float32 if device == "cpu" else torch.bfloat16, *heads)
+    layer.right = None
+    batch = make_batch([(5, 0), (200, 0), (1, 0), (64, 0), (70, 0)])
+    q, k, v = make_inputs(layer, batch, padding=11)
+    layer.k_cache.fill_(float("nan"))
+    layer.v_cache.fill_(float("nan"))
+    backend, out = make_backend(layer, static=static), torch.full_like(q, 7.0)
+    backend.init_forward_metadata(batch, len(q))
+    backend.forward(layer, q, k, v, out)
+    wanted = []
+    for rows in torch.arange(batch.num_tokens).split(batch.extend_lens.tolist()):
+        own = [one[rows].float().transpose(0, 1)[None] for one in (q, k, v)]
+        mixed = F.scaled_dot_product_attention(*own, scale=layer.scale, enable_gqa=True)
+        wanted.append(mixed[0].transpose(0, 1))
+    assert_close(out[: batch.num_tokens], torch.cat(wanted))
+    assert (out[batch.num_tokens :] == 7.0).all()
+
+
+def test_short_sequences_stay_with_few_whatever_their_rows() -> None:
+    layer = make_layer("cpu", torch.float32)
+    many = TorchFlashBackend(device=CPU, max_requests=8, max_context_tokens=64)
+    backend = ByRowsBackend(make_backend(layer, static=False), many, 96, short=40)
+    for lengths, planned in (([(40, 0)] * 5, backend.few), ([(41, 0)] * 5, many)):
+        batch = make_batch(lengths)
+        backend.init_forward_metadata(batch)
+        assert backend._planned is planned
 
 
 @pytest.mark.gpu
@@ -134,7 +169,7 @@ def test_what_there_is_no_room_for_is_refused() -> None:
 
 def test_rows_say_who_attends_whatever_the_tokens() -> None:
     layer = make_layer("cpu", torch.float32)
-    few = make_backend(layer, max_new_tokens=96)
+    few = make_backend(layer)
     many = FlashInferBackend(
         layer,
         torch.float32,
@@ -144,7 +179,7 @@ def test_rows_say_who_attends_whatever_the_tokens() -> None:
         max_new_tokens=1024,
         static=True,
     )
-    backend = ByRowsBackend(few, many)
+    backend = ByRowsBackend(few, many, 96)
     assert backend.serves_prefixes and backend.max_requests == 8
     for bucket in (96, 768):
         check_one_capture_serves_all(layer, backend, bucket, in_place=True)
@@ -152,9 +187,9 @@ def test_rows_say_who_attends_whatever_the_tokens() -> None:
 
 def test_more_padding_than_was_planned_changes_nothing() -> None:
     layer, batch = make_layer("cpu", torch.float32), make_batch([(40, 3), (50, 0)])
-    few = make_backend(layer, max_new_tokens=96, static=False)
+    few = make_backend(layer, static=False)
     many = TorchFlashBackend(device=CPU, max_requests=8, max_context_tokens=64)
-    backend = ByRowsBackend(few, many)
+    backend = ByRowsBackend(few, many, 96)
     q, k, v = make_inputs(layer, batch, padding=110)
     wanted, out = reference(layer, batch, q, k, v), torch.zeros_like(q)
     backend.init_forward_metadata(batch)
@@ -166,6 +201,6 @@ def test_more_padding_than_was_planned_changes_nothing() -> None:
 def test_where_the_other_finds_no_prefix_graphs_serve_none() -> None:
     layer = make_layer("cpu", torch.float32)
     flash = TorchFlashBackend(device=CPU, max_requests=8, max_context_tokens=64, static=True)
-    backend = ByRowsBackend(make_backend(layer), flash)
+    backend = ByRowsBackend(make_backend(layer), flash, 96)
     assert backend.refuses(make_batch([(5, 9)])) == "cached_prefix_in_full_graph"
     assert backend.refuses(make_batch([(5, 0)])) is None

@@ -9,7 +9,7 @@ from breakgraph.attention.latent_backends import (
     LatentPrefillBackend,
 )
 from breakgraph.attention.latent_plan import LatentShape
-from breakgraph.attention.layer import Attention, beyond_causal
+from breakgraph.attention.layer import Attention, beyond_causal, see_everything
 from breakgraph.attention.linear_attention import (
     ExtendPlan,
     LinearAttentionBackend,
@@ -47,4 +47,5 @@ __all__ = [
     "TorchFlashBackend",
     "TorchNativeBackend",
     "beyond_causal",
+    "see_everything",
 ]

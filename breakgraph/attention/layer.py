@@ -90,11 +90,21 @@ class Attention(nn.Module):
 
 def beyond_causal(layers: Sequence[Attention]) -> str | None:
     """Why one plan of causal attention cannot serve all ``layers``, as a sentence, or None."""
-    shapes = {(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in layers}
-    if len(shapes) > 1:
+    if len(shapes := _head_shapes(layers)) > 1:
         return f"the model's attention layers differ in their heads: {sorted(shapes)}"
     limits = {limit for layer in layers for limit in getattr(layer, "limits", ())}
     if limits or any(layer.left is not None or layer.right != 0 for layer in layers):
         said = ", ".join(sorted(limits)) or "windows, or tokens that see later ones"
         return f"it serves causal attention alone, and the model has {said}"
     return None
+
+
+def see_everything(layers: Sequence[Attention]) -> bool:
+    """Whether each token of a sequence sees all others in all ``layers``, which are alike."""
+    limited = any(not getattr(layer, "is_window", True) for layer in layers)
+    ends = {(layer.left, layer.right) for layer in layers}
+    return not limited and ends == {(None, None)} and len(_head_shapes(layers)) == 1
+
+
+def _head_shapes(layers: Sequence[Attention]) -> set[tuple[int, int, int]]:
+    return {(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in layers}

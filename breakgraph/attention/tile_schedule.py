@@ -99,7 +99,7 @@ def write_schedule(
     by_request = np.empty((5, len(tiles)), np.int32)
     for row, lens in ((0, tiles), (1, new_lens), (2, key_lens)):
         by_request[row, 0] = 0
-        np.cumsum(lens[:-1], out=by_request[row, 1:])
+        np.add.accumulate(lens[:-1], out=by_request[row, 1:])  # np.cumsum takes 2 µs, not 1
     by_request[3], by_request[4] = new_lens, key_lens
     by_tile = by_request.repeat(tiles, axis=1)
     np.subtract(np.arange(count, dtype=np.int32), by_tile[0], out=by_tile[0])

@@ -6,6 +6,8 @@ replay of it plans.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -20,12 +22,16 @@ from breakgraph.kernels.tiled_attention import (
     tiled_attention_on_cuda,
 )
 
+SHORT = 128
+"""Tokens of a batch's longest sequence up to which the tiled kernel takes any number of rows, where
+FlashAttention-2 would have them."""
+
 
 class TiledBackend(AttentionBackend):
-    """Causal attention of packed sequences over the KV pool.
+    """Attention of packed sequences, over the KV pool where it is causal.
 
     Args:
-        like: an attention layer; all have its heads.
+        like: an attention layer; all have its heads, and see as far.
         device: of the model.
         max_requests: the most requests of a forward.
         max_context_tokens: the most tokens of a forward, prefixes included, that a static plan
@@ -49,6 +55,7 @@ class TiledBackend(AttentionBackend):
             self.max_requests = max_requests
         self._slots, self.max_new_tokens = max_requests, max_new_tokens
         self._tile, self._count = rows_of_tile(like.num_heads, like.num_kv_heads), 1
+        self._causal, self._long = like.right == 0, False
         room = most_works(max_new_tokens, max_requests, self._tile, 1)
         self._room = -(-room // 4) * 4  # kernels like 16 bytes
         self._device, self._most_keys = device, max_context_tokens
@@ -57,10 +64,11 @@ class TiledBackend(AttentionBackend):
         self._launch = tiled_attention_on_cuda if direct else tiled_attention
         self._make_staging(max_context_tokens)
         if device.type == "cuda":  # compile now, or a capture would
-            for rows in {min(rows, max_new_tokens) for rows in (1, LONG_ROWS)}:
-                heads = rows, like.num_heads, like.head_dim
-                q = torch.zeros(heads, dtype=like.k_cache.dtype, device=device)
-                self.forward(like, q, q, q, q)
+            zeros = partial(torch.zeros, dtype=like.k_cache.dtype, device=device)
+            q = zeros(1, like.num_heads, like.head_dim)
+            k = zeros(1, like.num_kv_heads, like.head_dim)
+            for self._long in (True, False):
+                self.forward(like, q, k, k, q)
 
     def tensors(self) -> list[torch.Tensor]:
         return [self._staging.device_buffer]
@@ -81,11 +89,17 @@ class TiledBackend(AttentionBackend):
             self._make_staging(2 * keys)
         host = self._staging.host()[:count].view(np.int32)
         tiles = self._write_tiles(batch, host[: 4 * self._room].reshape(4, self._room))
-        write_key_slots(batch, host[4 * self._room : 4 * self._room + keys])
+        slots = host[4 * self._room : 4 * self._room + keys]
+        if self._causal:
+            write_key_slots(batch, slots)
+        else:
+            slots[:] = np.arange(keys)  # keys are read in rows, where they were made
         self._staging.send(count)
-        self._count = tiles
+        self._count, longest = tiles, int(batch.extend_lens.max())
         if self.capturable:
-            self._count = most_works(rows or batch.num_tokens, self._slots, self._tile, 1)
+            longest = rows or batch.num_tokens
+            self._count = most_works(longest, self._slots, self._tile, 1)
+        self._long = longest >= LONG_ROWS
 
     def _check_room(self, batch: ForwardBatch, keys: int) -> None:
         if batch.batch_size > self._slots or keys > self._most_keys:
@@ -117,6 +131,8 @@ class TiledBackend(AttentionBackend):
         np.minimum(new - at, tile, out=table[1, :count])
         table[1, count:], table[2, :count] = 0, key
         np.add(at, prefix + 1, out=table[3, :count])
+        if not self._causal:
+            table[3, :count] = new
         return count
 
     def forward(
@@ -127,22 +143,30 @@ class TiledBackend(AttentionBackend):
         v: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        caches = layer.k_cache, layer.v_cache
-        self._launch(q, *caches, self._tiles, self._key_slots, self._count, layer.scale, out)
+        if self._causal:
+            k, v = layer.k_cache, layer.v_cache
+        plan = self._tiles, self._key_slots, self._count, self._causal, self._long
+        self._launch(q, k, v, *plan, layer.scale, out)
 
 
 class ByRowsBackend(AttentionBackend):
-    """``few`` for forwards of as many rows as it takes, ``many`` for those of more."""
+    """``few`` for forwards of up to ``most`` rows, ``many`` for those of more.
 
-    def __init__(self, few: TiledBackend, many: AttentionBackend) -> None:
-        self.few, self.many = few, many
+    Unless the plan is static, ``few`` also has what fits it of ``short`` sequences alone.
+    """
+
+    def __init__(
+        self, few: TiledBackend, many: AttentionBackend, most: int, short: int = 0
+    ) -> None:
+        self.few, self.many, self.most = few, many, most
+        self.short = 0 if many.capturable else short
         self._planned: AttentionBackend = many
         self.capturable, self.max_requests = many.capturable, many.max_requests
         self.serves_prefixes, self.windows = many.serves_prefixes, many.windows
 
     @property
     def name(self) -> str:
-        return f"{self.few.name} to {self.few.max_new_tokens} rows, else {self.many.name}"
+        return f"{self.few.name} to {self.most} rows, else {self.many.name}"
 
     def tensors(self) -> list[torch.Tensor]:
         return [*self.few.tensors(), *self.many.tensors()]
@@ -152,7 +176,8 @@ class ByRowsBackend(AttentionBackend):
 
     def init_forward_metadata(self, batch: ForwardBatch, rows: int | None = None) -> None:
         rows = batch.num_tokens if rows is None else rows
-        self._planned = self.few if rows <= self.few.max_new_tokens else self.many
+        few = rows <= self.most or int(batch.extend_lens.max()) <= self.short
+        self._planned = self.few if few else self.many
         self._planned.init_forward_metadata(batch, rows)
 
     def begin_layers(self, inputs: LayerInputs) -> None:

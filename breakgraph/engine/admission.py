@@ -22,7 +22,7 @@ ONE_TOKEN = SamplingParams(max_new_tokens=1)
 
 
 class Admission:
-    """Makes requests for one runner.
+    """Makes requests for one runner, which keep the lists of ids that they are made of.
 
     Args:
         runner: whose context, pool and chunk size they must fit.
@@ -36,6 +36,7 @@ class Admission:
         self._runner = runner
         self._tokenizer = tokenizer
         self._end_ids = frozenset(end_ids)
+        self._context, self._pool = runner.context_length, runner.slots.num_tokens
 
     def check_model(self, call: str, want: Want) -> None:
         """Raise ValueError where the engine is not loaded for ``call``."""
@@ -73,11 +74,10 @@ class Admission:
         self._check_room(len(ids) + 1, name, " and room for a new one")
         max_len = min(
             len(ids) + params.max_new_tokens,
-            self._runner.context_length,
-            # The token generated last is never cached.
-            self._runner.slots.num_tokens + 1,
+            self._context,
+            self._pool + 1,  # the token generated last is never cached
         )
-        return Request(list(ids), params, max_len, rule, **fields)
+        return Request(ids, params, max_len, rule, **fields)
 
     def result(
         self,
@@ -105,10 +105,10 @@ class Admission:
                     f"label token {label} is not in the vocabulary, which has ids 0 to "
                     f"{self._runner.vocab_size - 1}"
                 )
-        return Request(list(ids), params, len(ids), want=want, labels=tuple(labels), **fields)
+        return Request(ids, params, len(ids), want=want, labels=tuple(labels), **fields)
 
     def _check_room(self, least: int, name: str, room: str = "") -> None:
-        context, pool = self._runner.context_length, self._runner.slots.num_tokens
+        context, pool = self._context, self._pool
         if least > context:
             raise ValueError(
                 f"{name} needs a context of {least} tokens (its own{room}); the model's is "

@@ -12,7 +12,7 @@ import torch
 
 from breakgraph.engine.request import Request, TokenLogprob, Want
 from breakgraph.engine.sampling import sample
-from breakgraph.forward import ForwardBatch, ForwardMode
+from breakgraph.forward import ForwardBatch, ForwardMode, current_stream, pack
 from breakgraph.memory import MambaPool, RankMemory, RequestTable
 
 if TYPE_CHECKING:
@@ -112,15 +112,21 @@ def take_result(
 
 def make_batch(pieces: Sequence[Piece], table: RequestTable, mode: ForwardMode) -> ForwardBatch:
     """The forward of ``pieces``."""
-    rows = [held(piece.request) for piece in pieces]
-    places = [(table.table[row], piece) for row, piece in zip(rows, pieces, strict=True)]
-    return ForwardBatch.from_requests(
-        [piece.request.ids[piece.start : piece.end] for piece in pieces],
-        [slots[piece.start : piece.end] for slots, piece in places],
-        [slots[: piece.start] for slots, piece in places],
+    rows = np.array([held(piece.request) for piece in pieces], np.int64)
+    begins = np.array([piece.start for piece in pieces], np.int32)
+    counts = np.array([piece.count for piece in pieces], np.int32)
+    ids = [piece.request.ids[piece.start : piece.start + piece.count] for piece in pieces]
+    return ForwardBatch(
+        input_ids=pack(ids),
+        out_cache_loc=table.slots_of(rows, begins, begins + counts).astype(np.int64),
+        extend_lens=counts,
+        prefix_lens=begins,
+        prefix_slots=pack(
+            [table.table[held(piece.request), : piece.start] for piece in pieces if piece.start]
+        ),
         logprob_targets=_targets(pieces),
         mode=mode,
-        rows=np.array(rows, np.int64),
+        rows=rows,
     )
 
 
@@ -182,6 +188,7 @@ class Clock:
             if device.type == "cuda"
             else None
         )
+        self._index = device.index or 0
         self._times = [0.0, 0.0]
 
     def start(self) -> None:
@@ -201,4 +208,4 @@ class Clock:
         if self._events is None:
             self._times[which] = time.perf_counter()
         else:
-            self._events[which].record()
+            self._events[which].record(current_stream(self._index))

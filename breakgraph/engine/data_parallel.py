@@ -3,7 +3,8 @@
 Each rank has a scheduler of its own here, over rank 0's account of its table and its pool; a
 request stays with the rank that it is given to. A forward has one mode on all ranks: a decode if no
 rank has a prompt to compute, else a prefill, which takes a decoding request as one more token of
-it. So no rank waits for another's prompts, and the experts' collectives always meet.
+it. So no rank waits for another's prompts, and the experts' collectives always meet. Ranks that
+hold the same requests, one of the groups of --dp-size, are one rank here.
 """
 
 from __future__ import annotations

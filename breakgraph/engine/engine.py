@@ -11,7 +11,7 @@ import atexit
 import gc
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -285,12 +285,13 @@ class Engine:
         try:
             for request in requests:
                 scheduler.add(request)
-            with tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
+            with tqdm(total=len(requests), unit="prompt") if progress else nullcontext() as bar:
                 while scheduler.has_work:
                     for update in scheduler.step():
                         if update.request.error is not None:
                             raise update.request.error
-                        bar.update(update.request.finish_reason is not None)
+                        if bar is not None:
+                            bar.update(update.request.finish_reason is not None)
             scheduler.verify()
         finally:
             scheduler.abort_all()

@@ -290,24 +290,32 @@ class Scheduler:
         """
         if not self.waiting:
             return []
-        promised = sum(self._promised(request) for request in self.running.values())
+        kv, table, waiting = self.kv, self.kv.table, self.waiting
+        promised = sum(
+            self._promised(request, int(table.lengths[held(request)]))
+            for request in self.running.values()
+        )
+        available = kv.available_pages
         pieces: list[Piece] = []
         begun: dict[tuple[int, ...], list[Piece]] = {}  # by their first tokens
         place = 0
-        while budget > 0 and place < len(self.waiting) and self.kv.table.available_rows:
-            request = self.waiting[place]
+        while budget > 0 and place < len(waiting) and table.available_rows:
+            request = waiting[place]
             is_long = len(request.ids) > self._chunk
             head = self._head(request)
-            if (is_long and chunking) or self._soon_cached(request, begun.get(head, ())):
+            alike = begun.get(head)
+            if (is_long and chunking) or (alike and self._soon_cached(request, alike)):
                 place += 1
                 continue
-            request.row, cached = self.kv.acquire(request.reusable)
-            needed, remaining = self._promised(request), len(request.ids) - cached
-            if promised + needed > self.kv.available_pages or (remaining > budget and not is_long):
-                self.kv.release(request.row)
+            request.row, cached = kv.acquire(request.reusable)
+            if cached:  # what was evictable is locked now
+                available = kv.available_pages
+            needed, remaining = self._promised(request, cached), len(request.ids) - cached
+            if promised + needed > available or (remaining > budget and not is_long):
+                kv.release(request.row)
                 request.row = None
                 break
-            del self.waiting[place]
+            del waiting[place]
             self.running[request.number] = request
             self._begin(request, cached)
             piece = self._piece(request, min(remaining, budget))
@@ -357,12 +365,11 @@ class Scheduler:
             self.statistics.prompt_tokens += request.prompt_len
             self.statistics.cached_tokens += cached
 
-    def _promised(self, request: Request) -> int:
-        """Pages that a request with a row may take before it could be in need."""
-        row = held(request)
-        length = int(self.kv.table.lengths[row])
-        tokens = min(len(request.ids) + self._headroom, request.max_cached)
-        return self.kv.table.pages_to_extend(row, max(tokens - length, 0))
+    def _promised(self, request: Request, length: int) -> int:
+        """Pages that a request with ``length`` slots may take before it could be in need."""
+        end = min(len(request.ids) + self._headroom, request.max_cached)
+        pages_for = self.kv.table.allocator.pages_for
+        return pages_for(end) - pages_for(length) if end > length else 0
 
     def _make_room(self, requests: list[Request]) -> list[Request]:
         """Retract the youngest until what is left of ``requests`` can be in a forward together."""
@@ -389,6 +396,8 @@ class Scheduler:
 
         That is where a prompt parts from another with the same beginning; it is passed once.
         """
+        if self.kv.states is None:
+            return Piece(request, request.computed, count)
         cut = self.kv.branch(held(request)) - request.computed
         return Piece(request, request.computed, cut if WORTH_CUTTING <= cut < count else count)
 
@@ -416,13 +425,13 @@ class Scheduler:
         others = [piece for piece in work.pieces if piece.request.want is not Want.TOKENS]
         whole = [piece.request for piece in others if piece.completes]
         self._finish([(request, "stop") for request in whole])
+        updates = [Update(request) for request in whole]
         try:
             outputs = take_result(work.pieces, result)
         except Exception as error:
             for request in whole:
                 request.finish_reason, request.error = "error", error
             raise
-        updates = [Update(request) for request in whole]
         ended: list[tuple[Request, FinishReason]] = []
         for request, token, logprob in outputs:
             reason = self._take(request, token, logprob)

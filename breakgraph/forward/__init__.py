@@ -5,6 +5,7 @@ from breakgraph.forward.forward_batch import (
     ForwardBatch,
     ForwardMode,
     LayerInputs,
+    pack,
 )
 from breakgraph.forward.forward_context import (
     ForwardContext,
@@ -12,7 +13,7 @@ from breakgraph.forward.forward_context import (
     get_forward_context,
 )
 from breakgraph.forward.rank_counts import RankCounts
-from breakgraph.forward.staging import HostStaging
+from breakgraph.forward.staging import HostStaging, current_stream
 
 __all__ = [
     "DecodeInputs",
@@ -22,6 +23,8 @@ __all__ = [
     "HostStaging",
     "LayerInputs",
     "RankCounts",
+    "current_stream",
     "forward_context",
     "get_forward_context",
+    "pack",
 ]

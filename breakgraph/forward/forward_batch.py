@@ -7,8 +7,9 @@ the device. Device copies are made by ``PrefillInputBuffers`` and the attention 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from itertools import chain
@@ -43,6 +44,7 @@ class ForwardBatch:
         mode: a decode has one new token a request.
         rows: int64 ``[batch_size]``, each request's row of the request table; None where the
             batch is not of the table's requests.
+        longest: tokens of the longest request, with its prefix.
     """
 
     input_ids: IntArray
@@ -54,9 +56,12 @@ class ForwardBatch:
     logprob_targets: IntArray | None = None
     mode: ForwardMode = ForwardMode.PREFILL
     rows: IntArray | None = None
+    longest: int = field(init=False)
 
     def __post_init__(self) -> None:
-        tokens, new = len(self.input_ids), int(self.extend_lens.sum())
+        # A list: numpy takes as long for a sum of one as Python for one of 64.
+        tokens, lens = len(self.input_ids), self.extend_lens.tolist()
+        new, cached = sum(lens), sum(self.prefix_lens.tolist())
         if tokens != new or len(self.out_cache_loc) != tokens:
             raise ValueError(
                 f"a batch of {tokens} tokens has {len(self.out_cache_loc)} cache slots and "
@@ -66,15 +71,16 @@ class ForwardBatch:
             raise ValueError(
                 f"{len(self.extend_lens)} requests have {len(self.prefix_lens)} prefix lengths"
             )
-        if int(self.extend_lens.min(initial=1)) < 1:
+        if lens and min(lens) < 1:
             raise ValueError("every request of a batch needs at least one new token")
-        if len(self.prefix_slots) != int(self.prefix_lens.sum()):
+        if len(self.prefix_slots) != cached:
             raise ValueError(
-                f"prefixes of {int(self.prefix_lens.sum())} tokens have "
-                f"{len(self.prefix_slots)} cache slots"
+                f"prefixes of {cached} tokens have {len(self.prefix_slots)} cache slots"
             )
         if self.mode is ForwardMode.DECODE and tokens != len(self.extend_lens):
             raise ValueError("a decode has one new token a request")
+        longest = int((self.extend_lens + self.prefix_lens).max()) if cached else max(lens or [0])
+        object.__setattr__(self, "longest", longest)
 
     @classmethod
     def from_requests(
@@ -89,13 +95,14 @@ class ForwardBatch:
         rows: IntArray | None = None,
     ) -> ForwardBatch:
         """Pack requests, each given by its new tokens, their slots and its prefix's slots."""
-        prefixes = prefix_slots if prefix_slots is not None else [()] * len(new_ids)
+        lens = list(map(len, new_ids))
+        prefix_lens = [0] * len(lens) if prefix_slots is None else list(map(len, prefix_slots))
         return cls(
-            input_ids=_pack(new_ids),
-            out_cache_loc=_pack(new_slots),
-            extend_lens=np.fromiter(map(len, new_ids), np.int32, len(new_ids)),
-            prefix_lens=np.fromiter(map(len, prefixes), np.int32, len(prefixes)),
-            prefix_slots=_pack(prefixes),
+            input_ids=pack(new_ids),
+            out_cache_loc=pack(new_slots),
+            extend_lens=np.array(lens, np.int32),
+            prefix_lens=np.array(prefix_lens, np.int32),
+            prefix_slots=pack(prefix_slots or ()),
             input_embeds=input_embeds,
             logprob_targets=logprob_targets,
             mode=mode,
@@ -137,14 +144,18 @@ class ForwardBatch:
     @cached_property
     def positions(self) -> IntArray:
         """int64 ``[num_tokens]``, each token's position in its sequence."""
-        ends = np.cumsum(self.extend_lens, dtype=np.int64)
-        starts = np.repeat(ends - self.extend_lens - self.prefix_lens, self.extend_lens)
-        return np.arange(self.num_tokens, dtype=np.int64) - starts
+        if self.batch_size == 1:  # 0.6 µs instead of 6
+            first = int(self.prefix_lens[0])
+            return np.arange(first, first + self.num_tokens, dtype=np.int64)
+        before = self.last_token_rows + 1 - self.extend_lens - self.prefix_lens
+        return np.arange(self.num_tokens, dtype=np.int64) - before.repeat(self.extend_lens)
 
     @cached_property
     def last_token_rows(self) -> IntArray:
         """int64 ``[batch_size]``, the row of each request's last new token."""
-        return np.cumsum(self.extend_lens, dtype=np.int64) - 1
+        if self.batch_size == 1:
+            return np.array([self.num_tokens - 1])
+        return np.add.accumulate(self.extend_lens, dtype=np.int64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +190,13 @@ class DecodeInputs(LayerInputs):
     seq_lens: torch.Tensor
 
 
-def _pack(parts: Sequence[Sequence[int] | IntArray]) -> IntArray:
+def pack(parts: Sequence[Sequence[int] | IntArray]) -> IntArray:
+    """int64 ``[sum of lengths]``, part after part, which are all lists or all arrays."""
     if not parts:
         return np.zeros(0, np.int64)
     if isinstance(parts[0], np.ndarray):
         return np.concatenate(parts, dtype=np.int64)
-    return np.array(list(chain.from_iterable(parts)), np.int64)
+    flat = parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
+    packed = np.empty(len(flat), np.int64)
+    struct.pack_into(f"{len(flat)}q", packed.data, 0, *flat)  # 59 µs for 8192, np.array takes 149
+    return packed

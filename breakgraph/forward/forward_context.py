@@ -7,8 +7,6 @@ request reaches it by argument, so nothing about a request can be frozen into a 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,13 +42,18 @@ def get_forward_context() -> ForwardContext:
     return context
 
 
-@contextmanager
-def forward_context(batch: ForwardBatch, attn_backend: AttentionBackend) -> Iterator[None]:
+class forward_context:
     """Make ``batch`` the live one for this thread. Raises RuntimeError if one is live already."""
-    if _local.context is not None:
-        raise RuntimeError("a forward is already running in this thread; contexts do not nest")
-    _local.context = ForwardContext(batch, attn_backend)
-    try:
-        yield
-    finally:
+
+    __slots__ = ("_context",)
+
+    def __init__(self, batch: ForwardBatch, attn_backend: AttentionBackend) -> None:
+        self._context = ForwardContext(batch, attn_backend)
+
+    def __enter__(self) -> None:
+        if _local.context is not None:
+            raise RuntimeError("a forward is already running in this thread; contexts do not nest")
+        _local.context = self._context
+
+    def __exit__(self, *error: object) -> None:
         _local.context = None

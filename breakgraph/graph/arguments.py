@@ -52,9 +52,15 @@ def freeze(
     Raises:
         RefusedArgumentError: for anything else, naming the argument.
     """
-    fixed = tuple(_freeze(name, value, f"argument {i}", fix) for i, value in enumerate(args))
-    named = {key: _freeze(name, value, f"argument {key!r}", fix) for key, value in kwargs.items()}
-    return fixed, named
+    done: dict[int, Any] = {}  # a mixer's result may land in its query
+
+    def frozen(value: Any, key: int | str) -> Any:
+        if id(value) not in done:
+            done[id(value)] = _freeze(name, value, f"argument {key!r}", fix)
+        return done[id(value)]
+
+    positional = tuple([frozen(value, at) for at, value in enumerate(args)])
+    return positional, {key: frozen(value, key) for key, value in kwargs.items()}
 
 
 def _freeze(name: str, value: Any, where: str, fix: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -31,14 +31,19 @@ calls it."""
 
 
 class CaptureAudit:
-    """The tensors a capture may read from outside, by storage, so that views count too."""
+    """What a capture may read from outside, by storage, so that views count too.
+
+    Attributes:
+        allowed: those storages by their identity.
+    """
 
     def __init__(self, allowed: Iterable[torch.Tensor]) -> None:
-        self._allowed = {tensor.untyped_storage()._cdata: tensor for tensor in allowed}
+        storages = [tensor.untyped_storage() for tensor in allowed]
+        self.allowed = {storage._cdata: storage for storage in storages}
 
     def check_read(self, reader: object, tensor: torch.Tensor) -> None:
         """Raise ForeignReadError unless ``reader``, an op say, may read ``tensor`` from outside."""
-        if tensor.untyped_storage()._cdata in self._allowed:
+        if tensor.untyped_storage()._cdata in self.allowed:
             return
         if not tensor.dim() and tensor.device.type == "cpu" and str(reader).startswith("aten"):
             return  # a constant

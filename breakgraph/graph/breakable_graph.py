@@ -298,7 +298,7 @@ class BreakableCUDAGraphCapture:
         if tensor.device.type != self._device.type:
             return torch.empty_like(tensor)
         landed = self._backend.allocate_like(tensor)
-        self._ownership.note_made(landed)
+        self._ownership.note_made(landed.untyped_storage())
         return landed
 
     def alias(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -321,16 +321,17 @@ class _Break:
         self._fn = fn
         functools.update_wrapper(self, fn)
 
+        @functools.wraps(fn)
+        def method(instance: Any, /, *args: Any, **kwargs: Any) -> Any:
+            return _run(fn, fn.__get__(instance), args, kwargs)
+
+        self._method: Any = method
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _run(self._fn, self._fn, args, kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        if instance is None:
-            return self
-        bound = self._fn.__get__(instance, owner)
-        return functools.update_wrapper(
-            lambda *args, **kwargs: _run(self._fn, bound, args, kwargs), self._fn
-        )
+        return self if instance is None else self._method.__get__(instance, owner)
 
 
 def _run(named: Callable[..., Any], fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:

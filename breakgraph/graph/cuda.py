@@ -62,13 +62,12 @@ class StreamCapture:
     def _info(self, stream: int) -> tuple[Any, ...]:
         return check(self._ask(stream))
 
-    @property
-    def active(self) -> bool:
-        status = self._info(self._stream)[0]
-        return bool(status == self._rt.cudaStreamCaptureStatus.cudaStreamCaptureStatusActive)
-
-    def num_nodes(self) -> int:
-        return int(check(self._rt.cudaGraphGetNodes(self._info(self._stream)[2], 0))[1])
+    def num_nodes(self) -> int | None:
+        """Nodes captured so far; None if the capture was invalidated, or there is none."""
+        info = self._info(self._stream)
+        if info[0] != self._rt.cudaStreamCaptureStatus.cudaStreamCaptureStatusActive:
+            return None
+        return int(check(self._rt.cudaGraphGetNodes(info[2], 0))[1])
 
     def check_joined(self, forks: dict[int, str]) -> None:
         """Raise UnjoinedStreamError if work of a forked stream does not reach the main one.

@@ -21,7 +21,6 @@ from breakgraph.graph.cuda import (
 )
 from breakgraph.graph.errors import BreakableGraphError, UnjoinedStreamError
 from breakgraph.graph.segments import tensor_at
-from breakgraph.graph.tape import refuse_uncapturable
 
 if TYPE_CHECKING:
     from breakgraph.graph.provenance import Ownership
@@ -52,6 +51,8 @@ class CudaSegment:
 
 class CudaBackend:
     """Segments on a GPU: one ``torch.cuda.CUDAGraph`` each, all in one pool."""
+
+    allows_random = True
 
     def __init__(
         self,
@@ -97,15 +98,14 @@ class CudaBackend:
         self._graph = graph
 
     def end(self) -> CudaSegment:
-        graph = self._graph
-        if graph is None or not self._capture.active:
+        graph, num_nodes = self._graph, self._capture.num_nodes()
+        if graph is None or num_nodes is None:
             raise BreakableGraphError(
                 "the stream capture of this segment was invalidated by an earlier CUDA error that "
                 "the captured code swallowed"
             )
         if self._watch.forks:
             self._capture.check_joined(self._watch.forks)
-        num_nodes = self._capture.num_nodes()
         if num_nodes:
             graph.capture_end()  # which has nothing to warn of
         else:
@@ -138,14 +138,13 @@ class CudaBackend:
             settling.capture_begin(capture_error_mode=self._mode)
             _end_capture(settling)
 
-    def refuse(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def check_stream(self, op: Any) -> None:
         if not torch.cuda.is_current_stream_capturing():
             raise UnjoinedStreamError(
                 f"{op} runs on a stream outside the capture ({call_site()}), so no replay would "
                 "run it. In each segment that uses a side stream, first call "
                 "side_stream.wait_stream(torch.cuda.current_stream())."
             )
-        refuse_uncapturable(op, args, kwargs, allow_random=True)
 
     def record(
         self,
@@ -156,24 +155,21 @@ class CudaBackend:
         fresh: list[torch.Tensor],
         ownership: Ownership,
     ) -> Any:
-        counted = set()
         for tensor in fresh:
-            if tensor.device.type != "cuda":
-                ownership.hold(tensor)
-            elif self._in_pool(tensor):
-                ownership.note_made(tensor)
-                storage = tensor.untyped_storage()
-                if storage._cdata not in counted:
-                    counted.add(storage._cdata)
+            storage = tensor.untyped_storage()
+            if not tensor.is_cuda:
+                ownership.hold(storage)
+            elif self._in_pool(storage.data_ptr()):
+                if ownership.note_made(storage):
                     self._asked += _block_bytes(storage.nbytes())
             else:
                 ownership.note_read(f"{op} (its result is an older tensor)", tensor)
         return result
 
-    def _in_pool(self, tensor: torch.Tensor) -> bool:
-        address = tensor.untyped_storage().data_ptr()
-        if not self._covers(address):
-            self._look_at_pool()
+    def _in_pool(self, address: int) -> bool:
+        if self._covers(address):
+            return True
+        self._look_at_pool()
         return self._covers(address)
 
     def _look_at_pool(self) -> None:
@@ -205,8 +201,9 @@ class CudaBackend:
         finally:
             torch._C._cuda_endAllocateToPool(index, self.pool)
             torch._C._cuda_releasePool(index, self.pool)
-        self._asked += _block_bytes(landed.untyped_storage().nbytes())
-        self._in_pool(landed)  # notes what the pool grew by
+        storage = landed.untyped_storage()
+        self._asked += _block_bytes(storage.nbytes())
+        self._in_pool(storage.data_ptr())  # notes what the pool grew by
         return landed
 
 

@@ -1,4 +1,4 @@
-"""Sees every op of a segment, and so knows whose each tensor is.
+"""Sees every op of a segment that reads or makes memory, and so knows whose each tensor is.
 
 A tensor is the pool's if an op of this capture made it and its address lies in the graph's
 pool; such a tensor is held by address only. The storage of every other tensor that a segment
@@ -18,21 +18,28 @@ from breakgraph.graph.arguments import tensors_in
 from breakgraph.graph.audit import CaptureAudit
 from breakgraph.graph.callsite import call_site
 from breakgraph.graph.errors import BreakableGraphError
+from breakgraph.graph.op_traits import traits_of
 from breakgraph.graph.segments import SegmentBackend
+from breakgraph.graph.tape import refuse_uncapturable
 
 
 class Ownership:
-    """Which storages this capture made, and the outside ones it holds, by their identity."""
+    """Which storages this capture made, and the outside ones it holds, by their identity.
+
+    Those that the audit allows are held from the start.
+    """
 
     def __init__(self, audit: CaptureAudit | None) -> None:
         self.audit = audit
-        self.held: dict[int, torch.UntypedStorage] = {}
+        self.held: dict[int, torch.UntypedStorage] = {} if audit is None else dict(audit.allowed)
         self.made: dict[int, StorageWeakRef] = {}
 
-    def note_made(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.made:
-            self.made[storage._cdata] = StorageWeakRef(storage)
+    def note_made(self, storage: torch.UntypedStorage) -> bool:
+        """Note that this capture made ``storage``; whether that is news."""
+        if storage._cdata in self.made:
+            return False
+        self.made[storage._cdata] = StorageWeakRef(storage)
+        return True
 
     def is_made(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self.made
@@ -51,8 +58,7 @@ class Ownership:
             self.audit.check_read(reader, tensor)
         self.held[storage._cdata] = storage
 
-    def hold(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
+    def hold(self, storage: torch.UntypedStorage) -> None:
         self.held[storage._cdata] = storage
 
 
@@ -106,10 +112,15 @@ class SegmentMode(TorchDispatchMode):
                 f"torch.inference_mode hides ops from the capture ({call_site()}); use "
                 "torch.no_grad() there"
             )
-        ownership = self._ownership
+        traits = traits_of(func)
+        if traits.gives_views:
+            return func(*args, **kwargs)
+        ownership, backend = self._ownership, self._backend
         if ownership.audit is not None:
-            ownership.audit.check_op(func.name())
-        self._backend.refuse(func, args, kwargs)
+            ownership.audit.check_op(traits.name)
+        backend.check_stream(func)
+        if traits.refusable:
+            refuse_uncapturable(func, args, kwargs, allow_random=backend.allows_random)
         made, held, read = ownership.made, ownership.held, set()
         for tensor in tensors_in((args, kwargs)) if kwargs else tensors_in(args):
             identity = tensor.untyped_storage()._cdata
@@ -118,4 +129,4 @@ class SegmentMode(TorchDispatchMode):
                 ownership.note_read(func, tensor)
         result = func(*args, **kwargs)
         fresh = [t for t in tensors_in(result) if t.untyped_storage()._cdata not in read]
-        return self._backend.record(func, args, kwargs, result, fresh, ownership)
+        return backend.record(func, args, kwargs, result, fresh, ownership)

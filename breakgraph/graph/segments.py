@@ -39,6 +39,8 @@ class SegmentBackend(Protocol):
     """How segments are captured on one kind of device."""
 
     pool: Any
+    allows_random: bool
+    """Whether a segment may draw random numbers, new ones at each replay."""
 
     def enter(self, stack: ExitStack) -> None:
         """Make the device ready for segments; what ``stack`` unwinds restores it."""
@@ -51,7 +53,8 @@ class SegmentBackend(Protocol):
     def abort(self) -> None:
         """Close the open segment, whatever state it is in, without raising."""
 
-    def refuse(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
+    def check_stream(self, op: Any) -> None:
+        """Raise UnjoinedStreamError if ``op`` is about to run outside the capture."""
 
     def record(
         self,

@@ -13,7 +13,6 @@ import time
 import weakref
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ import torch
 from breakgraph.graph.arguments import tensors_in
 from breakgraph.graph.callsite import call_site
 from breakgraph.graph.errors import RefusedOpError
+from breakgraph.graph.op_traits import INDEXING, REALLOCATING, traits_of
 
 _GRANULE = 512
 
@@ -118,37 +118,25 @@ UNWRITTEN = tuple(
 )
 """Ops that give memory and write nothing; like a graph, a tape does nothing for them."""
 
-_INDEXING = tuple(
-    getattr(torch.ops.aten, name)
-    for name in ("index", "_unsafe_index", "index_put", "index_put_", "_unsafe_index_put")
-)
 _MASKS = (torch.bool, torch.uint8)
-_SUSPECT = frozenset(
-    (
-        torch.Tag.data_dependent_output,
-        torch.Tag.dynamic_output_shape,
-        torch.Tag.nondeterministic_seeded,
-    )
-)
-_REALLOCATING = (torch.ops.aten.resize_, torch.ops.aten.resize_as_, torch.ops.aten.set_)
 
 
 def refuse_uncapturable(
     op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, allow_random: bool
 ) -> None:
     """Raise RefusedOpError if no graph can hold ``op``."""
-    if not _may_be_refused(op):
+    if not traits_of(op).refusable:
         return
     tags, packet = op.tags, op.overloadpacket
     reason = ""
-    if packet in _REALLOCATING:
+    if packet in REALLOCATING:
         reason = "moves a tensor to other memory"
     elif torch.Tag.data_dependent_output in tags:
         reason = "reads a value back from the device, which waits for it"
-    elif packet in _INDEXING and not _static_index(args):
+    elif packet in INDEXING and not _static_index(args):
         reason = "counts a mask, which waits for the device; use torch.where instead"
     elif torch.Tag.dynamic_output_shape in tags and not (
-        packet in _INDEXING or kwargs.get("output_size") is not None
+        packet in INDEXING or kwargs.get("output_size") is not None
     ):
         reason = "gives a result whose shape depends on the data"
     elif (
@@ -160,12 +148,6 @@ def refuse_uncapturable(
             f"{op} {reason} ({call_site()}); a graph segment cannot hold it. Move it into an "
             "eager_on_graph break, or out of the captured code."
         )
-
-
-@cache
-def _may_be_refused(op: Any) -> bool:
-    """Whether ``op`` is refused with some arguments at least."""
-    return op.overloadpacket in (*_REALLOCATING, *_INDEXING) or not _SUSPECT.isdisjoint(op.tags)
 
 
 def _static_index(args: tuple[Any, ...]) -> bool:

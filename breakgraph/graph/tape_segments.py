@@ -10,7 +10,7 @@ import torch
 
 from breakgraph.graph.arguments import map_tensors, tensors_in
 from breakgraph.graph.segments import tensor_at
-from breakgraph.graph.tape import UNWRITTEN, Tape, TapePool, refuse_uncapturable
+from breakgraph.graph.tape import UNWRITTEN, Tape, TapePool
 
 if TYPE_CHECKING:
     from breakgraph.graph.provenance import Ownership
@@ -42,6 +42,8 @@ class TapeSegment:
 class TapeBackend:
     """Segments on the CPU."""
 
+    allows_random = False
+
     def __init__(self, pool: TapePool | None) -> None:
         self.pool = TapePool() if pool is None else pool
         self._tape = Tape()
@@ -64,8 +66,7 @@ class TapeBackend:
     def abort(self) -> None:
         self._tape = Tape()
 
-    def refuse(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        refuse_uncapturable(op, args, kwargs, allow_random=False)
+    def check_stream(self, op: Any) -> None: ...
 
     def record(
         self,
@@ -99,7 +100,7 @@ class TapeBackend:
             moved[storage._cdata] = self._allocate(storage.nbytes())
         landed = tensor_at(moved[storage._cdata], tensor, CPU)
         landed.copy_(tensor)
-        ownership.note_made(landed)
+        ownership.note_made(moved[storage._cdata])
         return landed
 
     def _allocate(self, num_bytes: int) -> torch.UntypedStorage:

@@ -25,7 +25,7 @@ tl: Any = None  # triton.language, once the kernels are made
 
 _library = torch.library.Library("breakgraph", "FRAGMENT")
 _library.define("relu_squared_(Tensor(a!) x) -> ()")
-_library.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
+_library.define("silu_mul(Tensor gate, Tensor? up) -> Tensor")
 
 
 def relu_squared_(x: torch.Tensor) -> torch.Tensor:
@@ -47,12 +47,12 @@ def relu_squared_(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def silu_mul(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     """``silu(gate) * up``, with ``silu(gate)`` rounded to the dtype first.
 
     Args:
-        gate: ``[rows, size]``, rows strided, as the halves of one wide product are.
-        up: as ``gate``.
+        gate: ``[rows, size]``, rows strided.
+        up: as ``gate``; None where ``gate`` is a wide product with ``up`` as its second half.
 
     Returns:
         ``[rows, size]``, contiguous.
@@ -60,7 +60,12 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: the shapes differ, or a last dimension has gaps.
     """
-    check_rows(gate=gate, up=up)
+    if up is None:
+        check_rows(gate=gate)
+        if gate.shape[1] % 2:
+            raise ValueError(f"the product {list(gate.shape)} has no two halves")
+    else:
+        check_rows(gate=gate, up=up)
     return torch.ops.breakgraph.silu_mul(gate, up)
 
 
@@ -69,8 +74,10 @@ def relu_squared_reference_(x: torch.Tensor) -> None:
     x.relu_().square_()
 
 
-def silu_mul_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def silu_mul_reference(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     """``silu_mul`` in plain torch ops."""
+    if up is None:
+        gate, up = gate.chunk(2, dim=1)
     return F.silu(gate).mul_(up)
 
 
@@ -82,7 +89,9 @@ def _relu_squared_on_cuda(x: torch.Tensor) -> None:
         _kernels().relu_squared((rows, -(-size // BLOCK), 1), (x,), (), special)
 
 
-def _silu_mul_on_cuda(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def _silu_mul_on_cuda(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    if up is None:
+        gate, up = gate.chunk(2, dim=1)
     rows, size = gate.shape
     out = torch.empty((rows, size), dtype=gate.dtype, device=gate.device)
     if out.numel():

@@ -12,6 +12,7 @@ its plain-torch reference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -33,6 +34,11 @@ _library.define(
     "qk_norm_rope_store(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, "
     "float eps, float offset, Tensor cos_sin, Tensor out_cache_loc, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache) -> (Tensor, Tensor)"
+)
+_library.define(
+    "qkv_norm_rope_store(Tensor(c) qkv, Tensor? q_weight, Tensor? k_weight, "
+    "float eps, float offset, Tensor cos_sin, Tensor out_cache_loc, "
+    "Tensor(a!) k_cache, Tensor(b!) v_cache) -> (Tensor, Tensor, Tensor(c))"
 )
 
 
@@ -77,6 +83,36 @@ def qk_norm_rope_store(
     _check(q, k, v, q_weight, k_weight, cos_sin, out_cache_loc, k_cache, v_cache)
     return torch.ops.breakgraph.qk_norm_rope_store(
         q, k, v, q_weight, k_weight, eps, offset, cos_sin, out_cache_loc, k_cache, v_cache
+    )
+
+
+def qkv_norm_rope_store(
+    qkv: torch.Tensor,
+    *,
+    cos_sin: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``qk_norm_rope_store`` of a fused projection, as one op: a capture has no views to look at.
+
+    Args:
+        qkv: ``[rows, (num_heads + 2 * num_kv_heads) * head_dim]``, rows strided: the query heads,
+            then as many key and value heads as the caches have.
+        cos_sin: these and the others as for ``qk_norm_rope_store``.
+
+    Returns:
+        The query and key for attention, contiguous, and the value, a view of ``qkv``.
+
+    Raises:
+        ValueError: as ``qk_norm_rope_store``, or ``qkv`` has no such heads.
+    """
+    return torch.ops.breakgraph.qkv_norm_rope_store(
+        qkv, q_weight, k_weight, eps, offset, cos_sin, out_cache_loc, k_cache, v_cache
     )
 
 
@@ -204,6 +240,35 @@ def _on_cuda(
 
 _library.impl("qk_norm_rope_store", qk_norm_rope_store_reference, "CPU")
 _library.impl("qk_norm_rope_store", _on_cuda, "CUDA")
+
+
+def _of_heads(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of q, k, v and the rest as one of the fused projection and the rest."""
+
+    def of_projection(
+        qkv: torch.Tensor,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        eps: float,
+        offset: float,
+        *others: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        kv_heads, head_dim = others[-1].shape[1:]
+        heads = qkv.shape[-1] // head_dim - 2 * kv_heads
+        if qkv.dim() != 2 or qkv.shape[1] % head_dim or heads < 1:
+            raise ValueError(
+                f"qkv {list(qkv.shape)} must be [rows, features], and the features heads of "
+                f"{head_dim}: queries, and {kv_heads} of keys and of values each, as in the caches"
+            )
+        q, k, v = qkv.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
+        _check(q, k, v, q_weight, k_weight, *others)
+        return *function(q, k, v, q_weight, k_weight, eps, offset, *others), v
+
+    return of_projection
+
+
+_library.impl("qkv_norm_rope_store", _of_heads(qk_norm_rope_store_reference), "CPU")
+_library.impl("qkv_norm_rope_store", _of_heads(_on_cuda), "CUDA")
 
 
 class _Kernels(NamedTuple):

@@ -1,4 +1,4 @@
-"""Causal attention of few new tokens over the KV pool, by tiles of rows that a device table names.
+"""Attention of few rows or short sequences, by tiles of rows that a device table names.
 
 A program takes one tile, some new tokens of one request, with the query heads that share one head
 of keys. The launch depends on shapes alone: which rows a tile has, and which keys they see, is read
@@ -39,8 +39,8 @@ tl: Any = None  # triton.language, once the kernels are made
 
 _library = torch.library.Library("breakgraph", "FRAGMENT")
 _library.define(
-    "tiled_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor tiles, Tensor key_slots, "
-    "int count, float scale, Tensor(a!) out) -> ()"
+    "tiled_attention(Tensor q, Tensor k, Tensor v, Tensor tiles, Tensor key_slots, int count, "
+    "bool causal, bool long, float scale, Tensor(a!) out) -> ()"
 )
 
 
@@ -59,11 +59,13 @@ def rows_of_wave(num_heads: int, num_kv_heads: int, device: torch.device) -> int
 
 def tiled_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     tiles: torch.Tensor,
     key_slots: torch.Tensor,
     count: int,
+    causal: bool,
+    long: bool,
     scale: float,
     out: torch.Tensor,
 ) -> None:
@@ -71,59 +73,65 @@ def tiled_attention(
 
     Args:
         q: ``[rows, num_heads, head_dim]``, its last dimension dense.
-        k_cache: ``[slots, num_kv_heads, head_dim]``, contiguous.
-        v_cache: as ``k_cache``.
+        k: ``[slots, num_kv_heads, head_dim]``, its last dimension dense.
+        v: as ``k``.
         tiles: int32 ``[4, room]``, contiguous: the first row of each tile, its rows (at most
             ``rows_of_tile``, 0 for no tile), its request's first entry of ``key_slots``, and how
-            many of the keys from there on the first row sees, at least 1; the next sees one more.
+            many of the keys from there on the first row sees, at least 1.
         key_slots: int32 ``[keys]``, the slot of each key.
         count: leading tiles to look at.
+        causal: whether each next row sees one more; otherwise all see as many.
+        long: whether sequences are expected to have ``LONG_ROWS`` tokens or more.
         scale: factor on the scores.
         out: as ``q``; it may be ``q`` itself.
     """
-    torch.ops.breakgraph.tiled_attention(q, k_cache, v_cache, tiles, key_slots, count, scale, out)
+    torch.ops.breakgraph.tiled_attention(q, k, v, tiles, key_slots, count, causal, long, scale, out)
 
 
 def _on_cpu(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     tiles: torch.Tensor,
     key_slots: torch.Tensor,
     count: int,
+    causal: bool,
+    long: bool,
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    groups = q.shape[1] // k_cache.shape[1]
+    groups = q.shape[1] // k.shape[1]
     for row, rows, key, seen in tiles[:, :count].T.tolist():
         if not rows:
             continue
-        slots = key_slots[key : key + seen + rows - 1]
-        keys = k_cache[slots].float().repeat_interleave(groups, 1)
-        values = v_cache[slots].float().repeat_interleave(groups, 1)
+        more = torch.arange(rows if causal else 1)
+        slots = key_slots[key : key + seen + len(more) - 1]
+        keys = k[slots].float().repeat_interleave(groups, 1)
+        values = v[slots].float().repeat_interleave(groups, 1)
         scores = torch.einsum("qhd,khd->hqk", q[row : row + rows].float(), keys) * scale
-        hidden = torch.arange(len(slots)) >= seen + torch.arange(rows)[:, None]
+        hidden = torch.arange(len(slots)) >= seen + more[:, None]
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[row : row + rows] = torch.einsum("hqk,khd->qhd", weights, values).to(out.dtype)
 
 
 def tiled_attention_on_cuda(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     tiles: torch.Tensor,
     key_slots: torch.Tensor,
     count: int,
+    causal: bool,
+    long: bool,
     scale: float,
     out: torch.Tensor,
 ) -> None:
     """``tiled_attention`` by Triton."""
     special = _specialized(
-        *(q.shape[1:], k_cache.shape[1], q.stride(), out.stride(), tiles.shape[1], scale),
-        *(len(q) >= LONG_ROWS, launches_early(q.device)),
+        *(q.shape[1:], k.shape[1], q.stride(), k.stride(), v.stride(), out.stride()),
+        *(tiles.shape[1], scale, causal, long, launches_early(q.device)),
     )
-    grid = (k_cache.shape[1], count, 1)
-    _kernels().tile(grid, (q, k_cache, v_cache, out, tiles, key_slots), (), special)
+    _kernels().tile((k.shape[1], count, 1), (q, k, v, out, tiles, key_slots), (), special)
 
 
 @cache
@@ -131,9 +139,12 @@ def _specialized(
     heads: tuple[int, int],
     kv_heads: int,
     q_strides: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...],
     out_strides: tuple[int, ...],
     room: int,
     scale: float,
+    causal: bool,
     long: bool,
     early: bool,
 ) -> Specialization:
@@ -144,8 +155,8 @@ def _specialized(
     scale_log2 = scale * 1.4426950408889634  # the kernel works in powers of two
     block_n, stages = BLOCKS[long]
     constants = (
-        *(*q_strides[:2], *out_strides[:2], room, scale_log2, kv_heads, groups, head_dim),
-        *(*sizes, block_n, block_d, early),
+        *(*q_strides[:2], *k_strides[:2], *v_strides[:2], *out_strides[:2], room, scale_log2),
+        *(causal, groups, head_dim, *sizes, block_n, block_d, early),
     )
     return Specialization(constants, WARPS, stages, early)
 
@@ -166,9 +177,10 @@ def _kernels() -> _Kernels:
 
     @triton.jit
     def tile(  # type: ignore[no-untyped-def]
-        q, k_cache, v_cache, out, tiles, key_slots,
-        Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr, OUT_ROW: tl.constexpr, OUT_HEAD: tl.constexpr,
-        ROOM: tl.constexpr, SCALE_LOG2: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr,
+        q, k, v, out, tiles, key_slots,
+        Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr,
+        V_ROW: tl.constexpr, V_HEAD: tl.constexpr, OUT_ROW: tl.constexpr, OUT_HEAD: tl.constexpr,
+        ROOM: tl.constexpr, SCALE_LOG2: tl.constexpr, CAUSAL: tl.constexpr, GROUPS: tl.constexpr,
         HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
     ):  # fmt: skip
@@ -195,17 +207,23 @@ def _kernels() -> _Kernels:
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        end = seen + rows - 1
+        if CAUSAL:
+            end = seen + rows - 1
+            limit = seen + row
+        else:
+            end = seen
+            limit = seen + row * 0
         for start in range(0, end, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
             live = key < end
             slot = tl.load(slots + key, mask=live, other=0).to(tl.int64)
-            where = ((slot * KV_HEADS + kv_head) * HEAD_DIM)[:, None] + dim
             inside = live[:, None] & (dim < HEAD_DIM)
-            keys = tl.load(k_cache + where, mask=inside, other=0.0)
-            values = tl.load(v_cache + where, mask=inside, other=0.0)
+            where = slot[:, None] * K_ROW + kv_head * K_HEAD + dim
+            keys = tl.load(k + where, mask=inside, other=0.0)
+            where = slot[:, None] * V_ROW + kv_head * V_HEAD + dim
+            values = tl.load(v + where, mask=inside, other=0.0)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE_LOG2
-            scores = tl.where(key[None, :] < (seen + row)[:, None], scores, float("-inf"))
+            scores = tl.where(key[None, :] < limit[:, None], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
             weights = tl.exp2(scores - new_top[:, None])
             fade = tl.exp2(top - new_top)

@@ -14,7 +14,11 @@ from breakgraph.layers.mlp import GatedMLP, PlainMLP
 from breakgraph.layers.moe import DeepseekMoe, NemotronHMoe, QwenSparseMoe
 from breakgraph.layers.norm import GatedRMSNorm, RMSNorm
 from breakgraph.layers.pooler import ClassificationHead, Pooler, PoolingMode
-from breakgraph.layers.rotary import RotaryEmbedding, rotate_and_store
+from breakgraph.layers.rotary import (
+    RotaryEmbedding,
+    rotate_and_store,
+    split_rotate_and_store,
+)
 
 __all__ = [
     "CheckpointSlot",
@@ -38,4 +42,5 @@ __all__ = [
     "RowLinear",
     "VocabularyLinear",
     "rotate_and_store",
+    "split_rotate_and_store",
 ]

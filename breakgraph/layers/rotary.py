@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from breakgraph.kernels.rotary import qk_norm_rope_store
+from breakgraph.kernels.rotary import qk_norm_rope_store, qkv_norm_rope_store
 from breakgraph.layers.norm import RMSNorm
 
 if TYPE_CHECKING:
@@ -79,10 +79,6 @@ def rotate_and_store(
     Returns:
         q and k for attention, contiguous.
     """
-    norm: dict[str, Any] = {}
-    if q_norm is not None and k_norm is not None:
-        norm = {"q_weight": q_norm.weight, "k_weight": k_norm.weight}
-        norm |= {"eps": q_norm.eps, "offset": q_norm.offset}
     return qk_norm_rope_store(
         q,
         k,
@@ -91,8 +87,38 @@ def rotate_and_store(
         out_cache_loc=out_cache_loc,
         k_cache=cache.k_cache,
         v_cache=cache.v_cache,
-        **norm,
+        **_norms(q_norm, k_norm),
     )
+
+
+def split_rotate_and_store(
+    cache: CachedHeads,
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    q_norm: RMSNorm | None = None,
+    k_norm: RMSNorm | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``rotate_and_store`` of ``qkv: [rows, (num_heads + 2 * num_kv_heads) * head_dim]``.
+
+    Returns:
+        q and k for attention, contiguous, and v, a view of ``qkv``.
+    """
+    return qkv_norm_rope_store(
+        qkv,
+        cos_sin=cos_sin,
+        out_cache_loc=out_cache_loc,
+        k_cache=cache.k_cache,
+        v_cache=cache.v_cache,
+        **_norms(q_norm, k_norm),
+    )
+
+
+def _norms(q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> dict[str, Any]:
+    if q_norm is None or k_norm is None:
+        return {}
+    weights = {"q_weight": q_norm.weight, "k_weight": k_norm.weight}
+    return weights | {"eps": q_norm.eps, "offset": q_norm.offset}
 
 
 def _frequencies(config: PreTrainedConfig, head_dim: int) -> tuple[torch.Tensor, float]:

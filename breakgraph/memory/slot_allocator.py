@@ -51,7 +51,9 @@ class SlotAllocator:
 
     def pages_to_grow(self, old_lens: np.ndarray, new_lens: np.ndarray) -> int:
         """Free pages that several requests take to grow, all together."""
-        return int((self.pages_for(new_lens) - self.pages_for(old_lens)).sum())
+        if self.page_size > 1:
+            old_lens, new_lens = self.pages_for(old_lens), self.pages_for(new_lens)
+        return int((new_lens - old_lens).sum())
 
     def grow(self, old_len: int, new_len: int, last_slot: int = 0) -> np.ndarray:
         """As ``grow_each``, of one request."""

@@ -16,6 +16,7 @@ import torch
 
 from breakgraph.layers import CheckpointSlot
 from breakgraph.models.reading import UnreadableFileError, opened_file, read_tensors
+from breakgraph.models.undocumented import undocumented_configs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,9 +58,10 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        with undocumented_configs():
+            return AutoConfig.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # transformers raises what its validators raise, of any class
         raise ModelLoadError(
             f"{folder / 'config.json'} is not a config transformers accepts: {error}"

@@ -23,7 +23,7 @@ from breakgraph.layers import (
     RMSNorm,
     RotaryEmbedding,
     RowLinear,
-    rotate_and_store,
+    split_rotate_and_store,
 )
 from breakgraph.models.base import CausalLM, LayerStack, PrefillModel, SequenceClassifier
 
@@ -55,7 +55,6 @@ class DenseAttention(nn.Module):
         hidden, head_dim = config.hidden_size, head_size(config)
         queries, keys = kv_shard(config.num_attention_heads, config.num_key_value_heads)
         heads, kv_heads = queries.size, keys.size
-        self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads, head_dim
         parts = {
             "q_proj": queries.of(head_dim),
             "k_proj": keys.of(head_dim),
@@ -77,10 +76,8 @@ class DenseAttention(nn.Module):
         cos_sin: torch.Tensor,
         out_cache_loc: torch.Tensor,
     ) -> torch.Tensor:
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q, k = rotate_and_store(
-            self.attn, q, k, v, cos_sin, out_cache_loc, self.q_norm, self.k_norm
+        q, k, v = split_rotate_and_store(
+            self.attn, self.qkv_proj(x), cos_sin, out_cache_loc, self.q_norm, self.k_norm
         )
         return self.o_proj.add_to(residual, self.attn.attend(q, k, v, out=q).flatten(1))
 

@@ -27,8 +27,10 @@ from breakgraph.attention import (
     TorchFlashBackend,
     TorchNativeBackend,
     beyond_causal,
+    see_everything,
 )
 from breakgraph.attention.flashinfer import unserved
+from breakgraph.attention.tiled import SHORT
 from breakgraph.kernels.tiled_attention import rows_of_wave
 
 if TYPE_CHECKING:
@@ -94,22 +96,22 @@ def _few_rows_tiled(
 ) -> AttentionBackend:
     """``many``, with forwards of few rows left to the tiled kernel where that serves the model."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
-    asked = args.attention_backend != "auto"
-    if asked or device.type != "cuda" or dtype.itemsize != 2 or layers[0].head_dim > 256:
+    first, asked = layers[0], args.attention_backend != "auto"
+    if asked or device.type != "cuda" or dtype.itemsize != 2 or first.head_dim > 256:
         return many
-    if beyond_causal(layers) is not None:
+    if beyond_causal(layers) is not None and not see_everything(layers):
         return many
-    first = layers[0]
-    wave = rows_of_wave(first.num_heads, first.num_kv_heads, device)
+    short = SHORT if isinstance(many, TorchFlashBackend) else 0
     few = TiledBackend(
         first,
         device=device,
         max_requests=max_requests,
         max_context_tokens=max_requests * model.context_length if many.capturable else chunk_size,
-        max_new_tokens=min(wave, chunk_size),
+        max_new_tokens=chunk_size,
         static=many.capturable,
     )
-    return ByRowsBackend(few, many)
+    wave = rows_of_wave(first.num_heads, first.num_kv_heads, device)
+    return ByRowsBackend(few, many, wave, short)
 
 
 def linear_backend(

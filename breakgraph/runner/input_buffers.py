@@ -17,6 +17,9 @@ from breakgraph.forward import DecodeInputs, ForwardBatch, HostStaging, LayerInp
 
 Embed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+ALIGNMENT = 16
+"""Entries: columns begin at a multiple of 128 bytes, where loads of vectors are whole."""
+
 
 @dataclass(frozen=True, slots=True)
 class FilledBatch:
@@ -83,12 +86,16 @@ class PrefillInputBuffers:
         group: TensorParallelGroup = SINGLE,
     ) -> None:
         self.max_tokens, self.max_requests = max_tokens, max_requests
-        # One copy a forward: the columns of `rows` each, the count of real rows, then what the
-        # eager tail needs, of which log-probability targets are a column at most.
-        self._staging = HostStaging((self.columns + 1) * max_tokens + 1 + 2 * max_requests, device)
+        # One copy a forward: the count of real rows, the lengths of requests, their last rows, then
+        # columns of `rows` each and, at most as long, log-probability targets. So the place of what
+        # is the requests' depends on their number alone, and views of it can be kept.
+        self._last = 1 + max_requests
+        self._head = -(-(self._last + max_requests) // ALIGNMENT) * ALIGNMENT
+        self._staging = HostStaging(self._head + (self.columns + 1) * max_tokens, device)
         self._hidden = torch.zeros(max_tokens, hidden_size, dtype=dtype, device=device)
         self._embed, self._group = embed, group
-        self._inputs: dict[int, LayerInputs] = {}
+        self._by_rows: dict[int, tuple[torch.Tensor, LayerInputs]] = {}
+        self._by_requests: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def tensors(self) -> list[torch.Tensor]:
         """Every buffer, for the capture's audit."""
@@ -107,32 +114,27 @@ class PrefillInputBuffers:
                 f"{self.max_tokens} rows and {self.max_requests} requests; raise "
                 "--chunked-prefill-size or --max-running-requests"
             )
-        host = self._staging.host()
-        for column, (values, padding) in enumerate(self._columns(batch)):
-            host[column * rows : column * rows + tokens] = values
-            host[column * rows + tokens : (column + 1) * rows] = padding
-        count = self.columns * rows
-        host[count] = self._real_rows(tokens, rows)
-        lens, last = count + 1, count + 1 + requests
-        end = last + requests
-        host[lens:last] = batch.extend_lens
-        host[last:end] = batch.last_token_rows
+        host, last = self._staging.host(), self._last
+        host[0] = self._real_rows(tokens, rows)
+        host[1 : 1 + requests] = batch.extend_lens
+        host[last : last + requests] = batch.last_token_rows
+        end = self._head
+        for values, padding in self._columns(batch):
+            host[end : end + tokens] = values
+            host[end + tokens : end + rows] = padding
+            end += rows
         if batch.logprob_targets is not None:
             host[end : end + tokens] = batch.logprob_targets
             end += tokens
         device = self._staging.send(end)
-        inputs = self.inputs(rows)
+        ids, inputs = self._views(rows)
         if batch.input_embeds is None:
-            self._embed(device[:rows], inputs.hidden_states)
+            self._embed(ids, inputs.hidden_states)
         else:
             inputs.hidden_states[:tokens].copy_(batch.input_embeds)
             inputs.hidden_states[tokens:].zero_()
-        return FilledBatch(
-            inputs=inputs,
-            extend_lens=device[lens:last],
-            last_rows=device[last : last + requests],
-            logprob_targets=None if batch.logprob_targets is None else device[last + requests :],
-        )
+        targets = None if batch.logprob_targets is None else device[-tokens:]
+        return FilledBatch(inputs, *self._request_views(requests), targets)
 
     def _real_rows(self, tokens: int, rows: int) -> int:
         """``num_token_non_padded`` of this rank."""
@@ -144,12 +146,27 @@ class PrefillInputBuffers:
 
     def inputs(self, rows: int) -> LayerInputs:
         """The buffers as the layer stack sees them for ``rows`` rows."""
-        found = self._inputs.get(rows)
+        return self._views(rows)[1]
+
+    def _views(self, rows: int) -> tuple[torch.Tensor, LayerInputs]:
+        """Token ids and the buffers of ``rows`` rows, made once."""
+        found = self._by_rows.get(rows)
         if found is None:
-            device = self._staging.device_buffer[: self.columns * rows + 1]
-            columns = device[:-1].view(self.columns, rows).unbind()
-            common = (self._hidden[:rows], *columns[1:3], device[-1:].view(torch.int32)[:1])
-            found = self._inputs[rows] = self._layer_inputs(common, columns[3:])
+            device = self._staging.device_buffer
+            begin, size = self._head, self.columns * rows
+            columns = device[begin : begin + size].view(self.columns, rows).unbind()
+            common = (self._hidden[:rows], *columns[1:3], device[:1].view(torch.int32)[:1])
+            found = columns[0], self._layer_inputs(common, columns[3:])
+            self._by_rows[rows] = found
+        return found
+
+    def _request_views(self, requests: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lengths and last rows of so many requests, made once."""
+        found = self._by_requests.get(requests)
+        if found is None:
+            device, last = self._staging.device_buffer, self._last
+            found = device[1 : 1 + requests], device[last : last + requests]
+            self._by_requests[requests] = found
         return found
 
     def _columns(self, batch: ForwardBatch) -> list[tuple[np.ndarray | int, int]]:

@@ -9,6 +9,7 @@ request.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -24,7 +25,6 @@ from breakgraph.attention import (
     PagedDecodeBackend,
     SlotMirror,
 )
-from breakgraph.distributed import SINGLE
 from breakgraph.distributed.lockstep import Leader
 from breakgraph.distributed.ranks import Ranks
 from breakgraph.forward import ForwardBatch, ForwardMode, forward_context
@@ -121,7 +121,7 @@ class ModelRunner:
         self.slots = SlotAllocator(self.kv_pool.num_tokens, args.page_size)
         self.requests = RequestTable(args.max_running_requests, self.context_length, self.slots)
         own = RankMemory(self.requests, self.mamba_pool)
-        others = group.size - 1 if group.data_parallel and group.is_first else 0
+        others = group.dp_size - 1 if group.is_first else 0
         self.rank_memory = [own, *(own.like() for _ in range(others))]
         self.chunk_size = min(
             args.chunked_prefill_size or 1,
@@ -143,8 +143,7 @@ class ModelRunner:
         self._decode_buffers = DecodeInputBuffers(max_tokens=args.max_running_requests, **shape)
         self._stack, self._no_stack = resolve_layer_stack(self.model)
         self._eager = self.model if self._stack is None else self._stack
-        vocabulary_ranks = SINGLE if group.data_parallel else group
-        self.logits = LogitsProcessor(group=vocabulary_ranks, vocab_size=self.vocab_size)
+        self.logits = LogitsProcessor(group=group.attention, vocab_size=self.vocab_size)
         self._head = ClassificationHead()
         self.pooler = self._make_pooler()
         self.dispatch_counts: Counter[DispatchReason] = Counter()
@@ -158,7 +157,7 @@ class ModelRunner:
         self.full_graph_runner = self._make_full_graph_runner(graphs)
         graphs.tune(
             self.prefill_graph_runners,
-            {"attention": type(self.attn_backend).__name__, "context": self.context_length},
+            {"attention": self.attn_backend.name, "context": self.context_length},
         )
         self.decode_graph_runner = graphs.decode(
             self.paged_decode, self.decode_backend, self._decode_buffers
@@ -401,10 +400,10 @@ class ModelRunner:
             raise ValueError(
                 "this model's tokens see later ones, so a sequence runs in one forward, whole"
             )
-        longest = int((batch.extend_lens + batch.prefix_lens).max())
-        if longest > self.context_length:
+        if batch.longest > self.context_length:
             raise ValueError(
-                f"a request of {longest} tokens is longer than the context of {self.context_length}"
+                f"a request of {batch.longest} tokens is longer than the context of "
+                f"{self.context_length}"
             )
         low, high = int(batch.input_ids.min()), int(batch.input_ids.max())
         if low < 0 or high >= self.vocab_size:
@@ -439,7 +438,9 @@ class ModelRunner:
     ) -> ForwardResult:
         """The eager end of a forward: scores, an embedding, or logits."""
         if isinstance(self.model, TransformersClassifier):
-            return ForwardResult(dispatch, pooled=self.model.compute_scores(hidden, batch))
+            lens, last = filled.extend_lens, filled.last_rows
+            scores = self.model.compute_scores(hidden, batch, lens, last)
+            return ForwardResult(dispatch, pooled=scores)
         if isinstance(self.model, SequenceClassifier):
             scores = self._head(hidden, self.model.score.weight, filled.last_rows)
             return ForwardResult(dispatch, pooled=scores)
@@ -454,11 +455,16 @@ class ModelRunner:
 def _cheapest(runners: Sequence[PrefillGraphRunner], batch: ForwardBatch) -> Dispatch:
     """Of the prefill graphs that can serve ``batch``, those that were measured to be fastest,
     or where that is not known those with the fewest breaks."""
-    found = [runner.can_run(batch) for runner in runners]
-    able = [index for index, dispatch in enumerate(found) if dispatch.bucket is not None]
-    chosen = able[0] if able else len(found) - 1
-    if len(able) > 1:
-        chosen = min(able, key=lambda index: runners[index].expected_ms(found[index], batch))
+    found: list[Dispatch] = []
+    chosen, least = len(runners) - 1, math.inf
+    for index, runner in enumerate(runners):
+        found.append(runner.can_run(batch))
+        if found[index].bucket is None:
+            continue
+        if (ms := runner.expected_ms(found[index], batch)) < least:
+            chosen, least = index, ms
+        if not ms:
+            break
     if not chosen:
         return found[0]
     return replace(found[chosen], passed_over=tuple(found[:chosen]))

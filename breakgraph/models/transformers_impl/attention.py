@@ -71,7 +71,8 @@ class WrappedAttention(Attention):
         return (*said, "sinks") if self.sinks[0] is not None else tuple(said)
 
     @property
-    def _is_window(self) -> bool:
+    def is_window(self) -> bool:
+        """Whether ``left`` and ``right`` say all that this call asks for."""
         return self.soft_cap is None and self.sinks[0] is None and self.reach.chunk is None
 
     def forward(
@@ -112,7 +113,7 @@ class WrappedAttention(Attention):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         backend = get_forward_context().attn_backend
-        if not self.limits or (backend.windows and self._is_window):
+        if not self.limits or (backend.windows and self.is_window):
             return super().attend(q, k, v, out)
         out = torch.zeros_like(q) if out is None else out
         self.mix_limited(q, k, v, out)

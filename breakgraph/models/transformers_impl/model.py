@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from breakgraph.forward import ForwardBatch, LayerInputs
+from breakgraph.forward import LayerInputs
 from breakgraph.models.base import (
     CausalLM,
     Head,
     LayerStack,
     PrefillModel,
-    SequenceClassifier,
 )
 from breakgraph.models.transformers_impl.attention import WrappedAttention
 from breakgraph.models.transformers_impl.interface import LayerCalls, Switches
@@ -162,8 +161,12 @@ class TransformersModel(PrefillModel):
             hidden: ``[tokens, hidden_size]``.
             ids: int64 ``[tokens]``, for classes that look for padding.
         """
-        with _given(self._parts, hidden.unsqueeze(0)):
-            logits: torch.Tensor = self.inner(input_ids=ids.unsqueeze(0)).logits
+        return self._class_logits(hidden.unsqueeze(0), ids.unsqueeze(0))
+
+    def _class_logits(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """As that, of ``hidden: [sequences, tokens, hidden_size]``."""
+        with _given(self._parts, hidden):
+            logits: torch.Tensor = self.inner(input_ids=ids).logits
         return logits
 
 
@@ -206,17 +209,6 @@ class TransformersCausalLM(TransformersModel, CausalLM):
             bool((F.linear(rows, weight) - logits).norm() <= limit * logits.norm())
             for rows, logits in ((hidden, own), (large, self.compute_logits(large)))
         )
-
-
-class TransformersClassifier(TransformersModel, SequenceClassifier):
-    """A model with a score for each label, which the class makes of a whole sequence."""
-
-    def compute_scores(self, hidden: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        """float32 ``[batch_size, num_labels]`` of ``hidden: [num_tokens, hidden_size]``."""
-        lengths = batch.extend_lens.tolist()
-        ids = torch.from_numpy(batch.input_ids).to(hidden.device)
-        parts = zip(hidden.split(lengths), ids.split(lengths), strict=True)
-        return torch.cat([self.rest_of_class(*part) for part in parts]).float()
 
 
 @contextmanager

@@ -18,12 +18,12 @@ from torch import nn
 from breakgraph.attention import TorchNativeBackend
 from breakgraph.forward import ForwardBatch, LayerInputs, forward_context
 from breakgraph.models.checkpoint import ModelLoadError
+from breakgraph.models.transformers_impl.classifier import TransformersClassifier
 from breakgraph.models.transformers_impl.fusing import fuse
 from breakgraph.models.transformers_impl.interface import Switches, register
 from breakgraph.models.transformers_impl.model import (
     Parts,
     TransformersCausalLM,
-    TransformersClassifier,
     TransformersModel,
 )
 from breakgraph.models.transformers_impl.record import line_of, make_layers, record_calls
@@ -174,15 +174,21 @@ def probe_ids(
     config: PreTrainedConfig, vocab_size: int, device: torch.device
 ) -> list[torch.Tensor]:
     """Sequences of ``PROBE_LENGTHS`` ordinary tokens: none that a config names."""
+    named = _named_ids(config)
+    plain = [id for id in range(min(vocab_size, 1000)) if id not in named]
+    order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = [plain[order[i % len(plain)]] for i in range(sum(PROBE_LENGTHS))]
+    return list(torch.tensor(ids, device=device).split(PROBE_LENGTHS))
+
+
+def _named_ids(config: PreTrainedConfig) -> set[int]:
+    """Ids of the tokens that a config names."""
     named: set[int] = set()
     for one in (config, config.get_text_config()):
         for name, value in one.to_dict().items():
             if name.endswith(("token_id", "token_index")):
                 named |= set(value) if isinstance(value, list) else {value}
-    plain = [id for id in range(min(vocab_size, 1000)) if id not in named]
-    order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0)).tolist()
-    ids = [plain[order[i % len(plain)]] for i in range(sum(PROBE_LENGTHS))]
-    return list(torch.tensor(ids, device=device).split(PROBE_LENGTHS))
+    return named
 
 
 @torch.no_grad()
@@ -227,6 +233,9 @@ def _packed_result(
         rows = [F.linear(h, head) if isinstance(head, torch.Tensor) else head(h) for h in hidden]
         return torch.cat(rows)
     if isinstance(model, TransformersClassifier):
+        vocabulary = range(parts.embedding.weight.shape[0])
+        named = [id for id in _named_ids(parts.model.config) if id in vocabulary]
+        model.choose_place(hidden, sequences, sorted(named))
         pairs = zip(hidden, sequences, strict=True)
         return torch.cat([model.rest_of_class(rows, ids) for rows, ids in pairs])
     return torch.cat(hidden)
