@@ -137,7 +137,7 @@ def main() -> None:
         print(f"tokens  bs   eager ms {heads}  speed-up        auto ms, its way  of the best")
         rows = []
         for tokens in args.tokens:
-            for batch_size in args.batch_sizes:
+            for batch_size in (size for size in args.batch_sizes if size <= tokens):
                 rows.append(measure(runner, tokens, batch_size, args.repeats))
                 print(shown(rows[-1]), flush=True)
     write_json(args.output, {"shape": args.shape, "repeats": args.repeats, "rows": rows})

@@ -74,3 +74,10 @@ def test_an_early_kernel_is_compiled_to_start_before_the_one_ahead_ends(kernel: 
     launch((1, 1, 1), (x,), (), specialized((3,), 2))
     assert [options.get("launch_pdl", False) for options in kernel.options] == [True, False]
     assert not launches_early(x.device)
+
+
+def test_constants_that_are_equal_but_of_other_types_are_told_apart() -> None:
+    assert specialized((3, False), 2) is specialized((3, False), 2)
+    assert specialized((3, 0.0), 2).constants[1] is not False
+    assert specialized((3, True), 2).constants[1] is True
+    assert type(specialized((3, 1), 2).constants[1]) is int

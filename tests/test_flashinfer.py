@@ -373,4 +373,4 @@ def test_auto_takes_it_where_it_is_installed(checkpoint: Path) -> None:
     if flashinfer_prefill.missing_for(torch.device("cuda")):
         pytest.skip("flashinfer is not installed, or the GPU is no Hopper")
     runner = make_runner(checkpoint, device="cuda", dtype="bfloat16")
-    assert isinstance(runner.attn_backend, FlashInferBackend)
+    assert runner.attn_backend.name.endswith("else FlashInferBackend")

@@ -80,7 +80,7 @@ class Attention(nn.Module):
             self.mix(q, k, v, out)
         return out
 
-    @eager_on_graph()
+    @eager_on_graph(in_place=True)
     def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
         """The break: the live batch's attention, written into ``out``."""
         context = get_forward_context()

@@ -267,7 +267,7 @@ class RadixLinearAttention(nn.Module, ABC):
             self.mix(*tensors)
         return out
 
-    @eager_on_graph()
+    @eager_on_graph(in_place=True)
     def mix(self, *tensors: torch.Tensor) -> None:
         """The break: the live batch's sequences."""
         if get_forward_context().batch.num_tokens:  # an idle rank has none, and no plan

@@ -7,6 +7,7 @@ replay of it plans.
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from breakgraph.kernels.tiled_attention import (
     rows_of_tile,
     tiled_attention,
     tiled_attention_on_cuda,
+    workspace,
 )
 
 SHORT = 128
@@ -56,6 +58,7 @@ class TiledBackend(AttentionBackend):
         self._slots, self.max_new_tokens = max_requests, max_new_tokens
         self._tile, self._count = rows_of_tile(like.num_heads, like.num_kv_heads), 1
         self._causal, self._long = like.right == 0, False
+        self._workspace = workspace(like.num_heads, like.num_kv_heads, like.head_dim, device)
         room = most_works(max_new_tokens, max_requests, self._tile, 1)
         self._room = -(-room // 4) * 4  # kernels like 16 bytes
         self._device, self._most_keys = device, max_context_tokens
@@ -67,11 +70,12 @@ class TiledBackend(AttentionBackend):
             zeros = partial(torch.zeros, dtype=like.k_cache.dtype, device=device)
             q = zeros(1, like.num_heads, like.head_dim)
             k = zeros(1, like.num_kv_heads, like.head_dim)
-            for self._long in (True, False):
+            for plan in product((self._room, 1), (True, False)):
+                self._count, self._long = plan
                 self.forward(like, q, k, k, q)
 
     def tensors(self) -> list[torch.Tensor]:
-        return [self._staging.device_buffer]
+        return [self._staging.device_buffer, *self._workspace]
 
     def _make_staging(self, keys: int) -> None:
         entries = 4 * self._room + keys
@@ -146,7 +150,7 @@ class TiledBackend(AttentionBackend):
         if self._causal:
             k, v = layer.k_cache, layer.v_cache
         plan = self._tiles, self._key_slots, self._count, self._causal, self._long
-        self._launch(q, k, v, *plan, layer.scale, out)
+        self._launch(q, k, v, *plan, layer.scale, out, *self._workspace)
 
 
 class ByRowsBackend(AttentionBackend):

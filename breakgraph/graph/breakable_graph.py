@@ -153,6 +153,9 @@ class BreakableCUDAGraphCapture:
         audit: refuses reads of tensors that go stale; None holds them alive instead.
         breaks: False captures what ``eager_on_graph`` marks like any other code, so that the
             graph is one segment.
+        dry: capture alone: no segment runs, nor does a break that is marked ``in_place``. What
+            the captured code makes then holds nothing before the first replay. A tape, on CPU,
+            runs its ops anyway.
 
     Raises:
         BreakableGraphError: inside another capture, under inference mode, on ROCm, or on CUDA
@@ -170,6 +173,7 @@ class BreakableCUDAGraphCapture:
         *,
         audit: CaptureAudit | None = None,
         breaks: bool = True,
+        dry: bool = False,
     ) -> None:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -181,7 +185,7 @@ class BreakableCUDAGraphCapture:
         self._graph, self._device = cuda_graph, device
         self._options = (pool, stream, capture_error_mode)
         self._audit = audit
-        self._breaks = breaks
+        self._breaks, self._dry = breaks, dry
         self._num_segments = 0
 
     def __enter__(self) -> BreakableCUDAGraph:
@@ -247,7 +251,7 @@ class BreakableCUDAGraphCapture:
         if self._device.type == "cpu":
             return TapeBackend(pool)
         require_cuda_python()
-        return CudaBackend(self._device, pool, stream, mode)
+        return CudaBackend(self._device, pool, stream, mode, dry=self._dry)
 
     def _begin(self) -> None:
         self._backend.begin()
@@ -271,14 +275,16 @@ class BreakableCUDAGraphCapture:
         _local.capture, _local.inside = None, self._outer_inside
         self._failure = None  # or its traceback would hold this object, and what it holds
 
-    def _break(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _break(
+        self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any, *, in_place: bool
+    ) -> Any:
         self._mode.unwatch()
         try:
             frozen_args, frozen_kwargs = freeze(
                 name, args, kwargs, functools.partial(self._fix, name)
             )
             self._end()
-            result = fn(*args, **kwargs)
+            result = None if in_place and self._dry else fn(*args, **kwargs)
             landing = Landing(name, result, tensors_in((args, kwargs)), self)
             self._steps.append(Step(name, _bind(fn, frozen_args, frozen_kwargs, landing)))
             self._begin()
@@ -317,33 +323,34 @@ def _bind(
 class _Break:
     """A function that runs eagerly between segments, and plainly everywhere else."""
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self._fn = fn
+    def __init__(self, fn: Callable[..., Any], in_place: bool) -> None:
+        self._fn, self._in_place = fn, in_place
         functools.update_wrapper(self, fn)
 
         @functools.wraps(fn)
         def method(instance: Any, /, *args: Any, **kwargs: Any) -> Any:
-            return _run(fn, fn.__get__(instance), args, kwargs)
+            return _run(fn, fn.__get__(instance), args, kwargs, in_place)
 
         self._method: Any = method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _run(self._fn, self._fn, args, kwargs)
+        return _run(self._fn, self._fn, args, kwargs, self._in_place)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else self._method.__get__(instance, owner)
 
 
-def _run(named: Callable[..., Any], fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _run(
+    named: Callable[..., Any], fn: Callable[..., Any], args: Any, kwargs: Any, in_place: bool
+) -> Any:
     capture = _local.capture
     if capture is None or not capture._breaks or not capture._mode.watching:
         return fn(*args, **kwargs)
-    return capture._break(
-        getattr(named, "__qualname__", type(named).__qualname__), fn, args, kwargs
-    )
+    name = getattr(named, "__qualname__", type(named).__qualname__)
+    return capture._break(name, fn, args, kwargs, in_place=in_place)
 
 
-def eager_on_graph(enable: bool = True) -> Callable[[F], F]:
+def eager_on_graph(enable: bool = True, *, in_place: bool = False) -> Callable[[F], F]:
     """Decorator: run a function or method as an eager break of a breakable graph.
 
     Under a capture the call ends the segment before it, runs, and starts the next one; each
@@ -352,15 +359,17 @@ def eager_on_graph(enable: bool = True) -> Callable[[F], F]:
 
     Args:
         enable: False returns the function itself.
+        in_place: it returns None and writes into its arguments alone, so a capture that runs
+            nothing need not call it.
     """
 
     def decorate(fn: F) -> F:
-        return _Break(fn) if enable else fn  # type: ignore[return-value]
+        return _Break(fn, in_place) if enable else fn  # type: ignore[return-value]
 
     return decorate
 
 
-@eager_on_graph()
+@eager_on_graph(in_place=True)
 def break_graph() -> None:
     """End the current segment and start another, with nothing run between them."""
 

@@ -60,8 +60,10 @@ class CudaBackend:
         pool: Any,
         stream: torch.cuda.Stream | None,
         capture_error_mode: str,
+        *,
+        dry: bool,
     ) -> None:
-        self._device = device
+        self._device, self._dry = device, dry
         self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
         self._stream = stream if stream is not None else default_capture_stream(device)
         self._mode = capture_error_mode
@@ -116,7 +118,8 @@ class CudaBackend:
         segment = CudaSegment(graph, num_nodes, self._asked, self._grown)
         self._asked = self._grown = 0
         graph.instantiate()
-        graph.replay()
+        if not self._dry:
+            graph.replay()
         return segment
 
     def abort(self) -> None:

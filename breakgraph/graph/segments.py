@@ -1,9 +1,9 @@
 """Segments: the captured stretches between breaks, on a GPU or on the tape.
 
 All segments of a graph live in one pool and are captured on one stream; a pool block freed
-in one segment serves the next, which is safe because replays run in capture order. A
-segment is run once as soon as it is captured, so that the break after it works on real
-values at capture too, on both devices alike.
+in one segment serves the next, which is safe because replays run in capture order. Unless a
+capture is dry, a segment is run once as soon as it is captured, so that the break after it works
+on real values at capture too, on both devices alike.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SegmentBackend(Protocol):
     def begin(self) -> None: ...
 
     def end(self) -> Segment:
-        """Close the open segment and run it once."""
+        """Close the open segment, and run it once unless the capture is dry."""
 
     def abort(self) -> None:
         """Close the open segment, whatever state it is in, without raising."""

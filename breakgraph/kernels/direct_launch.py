@@ -38,9 +38,16 @@ class Specialization:
     early: bool = False
 
 
-@cache
 def specialized(constants: tuple[Any, ...], warps: int, early: bool = False) -> Specialization:
     """The one specialization of these constants, for a kernel with few of them."""
+    return _specialized(constants, tuple(map(type, constants)), warps, early)
+
+
+@cache
+def _specialized(
+    constants: tuple[Any, ...], types: tuple[type, ...], warps: int, early: bool
+) -> Specialization:
+    # By their types too: 0.0 equals False, and Triton takes no float for a condition.
     return Specialization(constants, warps, early=early)
 
 

@@ -4,6 +4,9 @@ A program takes one tile, some new tokens of one request, with the query heads t
 of keys. The launch depends on shapes alone: which rows a tile has, and which keys they see, is read
 from the table, so a captured launch serves every later batch. A tile without rows returns at once.
 
+Many keys are divided among programs. Each leaves a partial softmax in a workspace, and the last to
+end, by a counter, merges them in their order (flash-decoding: Dao et al., 2023).
+
 FlashAttention-3 is built for long sequences: its blocks keep the GPU for 6 µs where there is one
 token to look at, and for 15.6 where 32 requests have 16. Here that takes 3.3 and 4.7 (an H200 in
 bfloat16, 16 heads of 128 over 8), a program starts while the kernel ahead still runs, and the
@@ -35,12 +38,16 @@ BLOCKS = {False: (64, 3), True: (128, 2)}
 7.4 and 13.6 µs by the first and 4.3, 4.6, 4.8, 7.1 and 11.8 by the second; half or twice the
 queries or warps are slower."""
 
+MOST_SPLITS, PROGRAMS, LEAST_BLOCKS = 16, 256, 4
+"""Programs that may share a tile's keys, as long as there are not more of all tiles, and the blocks
+that each has at least."""
+
 tl: Any = None  # triton.language, once the kernels are made
 
 _library = torch.library.Library("breakgraph", "FRAGMENT")
 _library.define(
     "tiled_attention(Tensor q, Tensor k, Tensor v, Tensor tiles, Tensor key_slots, int count, "
-    "bool causal, bool long, float scale, Tensor(a!) out) -> ()"
+    "bool causal, bool long, float scale, Tensor(a!) out, Tensor(b!) parts, Tensor(c!) ended) -> ()"
 )
 
 
@@ -68,6 +75,8 @@ def tiled_attention(
     long: bool,
     scale: float,
     out: torch.Tensor,
+    parts: torch.Tensor,
+    ended: torch.Tensor,
 ) -> None:
     """Write into ``out`` the attention of the rows that ``tiles`` name; others stay as they are.
 
@@ -84,8 +93,23 @@ def tiled_attention(
         long: whether sequences are expected to have ``LONG_ROWS`` tokens or more.
         scale: factor on the scores.
         out: as ``q``; it may be ``q`` itself.
+        parts: of ``workspace``, as is ``ended``; launches that share them must not overlap.
     """
-    torch.ops.breakgraph.tiled_attention(q, k, v, tiles, key_slots, count, causal, long, scale, out)
+    torch.ops.breakgraph.tiled_attention(
+        q, k, v, tiles, key_slots, count, causal, long, scale, out, parts, ended
+    )
+
+
+def workspace(
+    num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where programs that share a tile leave their parts, float32, and int32 counters of those that
+    did, 0 between launches."""
+    programs = PROGRAMS if device.type == "cuda" else 1
+    queries = rows_of_tile(num_heads, num_kv_heads) * power_of_two(num_heads // num_kv_heads)
+    area = queries * (max(16, power_of_two(head_dim)) + 2)
+    parts = torch.empty(programs * area, dtype=torch.float32, device=device)
+    return parts, torch.zeros(programs, dtype=torch.int32, device=device)
 
 
 def _on_cpu(
@@ -99,6 +123,8 @@ def _on_cpu(
     long: bool,
     scale: float,
     out: torch.Tensor,
+    parts: torch.Tensor,
+    ended: torch.Tensor,
 ) -> None:
     groups = q.shape[1] // k.shape[1]
     for row, rows, key, seen in tiles[:, :count].T.tolist():
@@ -125,13 +151,17 @@ def tiled_attention_on_cuda(
     long: bool,
     scale: float,
     out: torch.Tensor,
+    parts: torch.Tensor,
+    ended: torch.Tensor,
 ) -> None:
     """``tiled_attention`` by Triton."""
+    splits = max(1, min(MOST_SPLITS, PROGRAMS // (k.shape[1] * count)))
     special = _specialized(
         *(q.shape[1:], k.shape[1], q.stride(), k.stride(), v.stride(), out.stride()),
-        *(tiles.shape[1], scale, causal, long, launches_early(q.device)),
+        *(tiles.shape[1], scale, causal, long, splits > 1, launches_early(q.device)),
     )
-    _kernels().tile((k.shape[1], count, 1), (q, k, v, out, tiles, key_slots), (), special)
+    tensors = (q, k, v, out, tiles, key_slots, parts, ended)
+    _kernels().tile((k.shape[1], count, splits), tensors, (), special)
 
 
 @cache
@@ -146,6 +176,7 @@ def _specialized(
     scale: float,
     causal: bool,
     long: bool,
+    shared: bool,
     early: bool,
 ) -> Specialization:
     num_heads, head_dim = heads
@@ -154,9 +185,10 @@ def _specialized(
     sizes = (power_of_two(groups), rows_of_tile(num_heads, kv_heads) * power_of_two(groups))
     scale_log2 = scale * 1.4426950408889634  # the kernel works in powers of two
     block_n, stages = BLOCKS[long]
+    block_n = block_n * 128 // max(128, block_d)
     constants = (
         *(*q_strides[:2], *k_strides[:2], *v_strides[:2], *out_strides[:2], room, scale_log2),
-        *(causal, groups, head_dim, *sizes, block_n, block_d, early),
+        *(causal, groups, head_dim, *sizes, block_n, block_d, LEAST_BLOCKS, shared, early),
     )
     return Specialization(constants, WARPS, stages, early)
 
@@ -177,12 +209,13 @@ def _kernels() -> _Kernels:
 
     @triton.jit
     def tile(  # type: ignore[no-untyped-def]
-        q, k, v, out, tiles, key_slots,
+        q, k, v, out, tiles, key_slots, parts, ended,
         Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr,
         V_ROW: tl.constexpr, V_HEAD: tl.constexpr, OUT_ROW: tl.constexpr, OUT_HEAD: tl.constexpr,
         ROOM: tl.constexpr, SCALE_LOG2: tl.constexpr, CAUSAL: tl.constexpr, GROUPS: tl.constexpr,
         HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LEAST: tl.constexpr, SHARED: tl.constexpr,
+        EARLY: tl.constexpr,
     ):  # fmt: skip
         kv_head = tl.program_id(0)
         entry = tiles + tl.program_id(1)
@@ -204,7 +237,8 @@ def _kernels() -> _Kernels:
         held = ((row < rows) & (query % BLOCK_G < GROUPS))[:, None] & (dim < HEAD_DIM)
         at = (first + row).to(tl.int64)[:, None]
         queries = tl.load(q + at * Q_ROW + head[:, None] * Q_HEAD + dim, mask=held, other=0.0)
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        # Finite, or a part in which a query sees no key would be NaN.
+        top = tl.full([BLOCK_M], -1.0e30, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         if CAUSAL:
@@ -213,7 +247,17 @@ def _kernels() -> _Kernels:
         else:
             end = seen
             limit = seen + row * 0
-        for start in range(0, end, BLOCK_N):
+        begin = 0
+        stop = end
+        if SHARED:
+            blocks = tl.cdiv(end, BLOCK_N)
+            share = tl.cdiv(blocks, tl.minimum(tl.num_programs(2), tl.cdiv(blocks, LEAST)))
+            used = tl.cdiv(blocks, share)
+            begin = tl.program_id(2) * share * BLOCK_N
+            stop = tl.minimum(begin + share * BLOCK_N, end)
+            if begin >= end:
+                return
+        for start in range(begin, stop, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
             live = key < end
             slot = tl.load(slots + key, mask=live, other=0).to(tl.int64)
@@ -232,6 +276,39 @@ def _kernels() -> _Kernels:
             mixed += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
             top = new_top
         to = out + at * OUT_ROW + head[:, None] * OUT_HEAD + dim
-        tl.store(to, (mixed / total[:, None]).to(out.dtype.element_ty), mask=held)
+        alone = True
+        if SHARED:
+            alone = used == 1
+        if alone:
+            tl.store(to, (mixed / total[:, None]).to(out.dtype.element_ty), mask=held)
+        elif SHARED:
+            AREA: tl.constexpr = BLOCK_M * (BLOCK_D + 2)
+            this = tl.program_id(1) * tl.num_programs(0) + kv_head
+            part = parts + this * tl.num_programs(2) * AREA
+            place = query[:, None] * BLOCK_D + dim
+            sums = BLOCK_M * BLOCK_D + query
+            mine = part + tl.program_id(2) * AREA
+            tl.store(mine + place, mixed)
+            tl.store(mine + sums, top)
+            tl.store(mine + sums + BLOCK_M, total)
+            tl.debug_barrier()  # every thread's part is written before the counter says so
+            before = tl.atomic_add(ended + this, 1, sem="acq_rel", scope="gpu")
+            if before == used - 1:
+                tl.store(ended + this, 0)
+                peak = tl.load(part + sums, cache_modifier=".cg")
+                weight = tl.load(part + sums + BLOCK_M, cache_modifier=".cg")
+                whole = tl.load(part + place, cache_modifier=".cg")
+                for _other in range(1, used):
+                    part += AREA
+                    other_peak = tl.load(part + sums, cache_modifier=".cg")
+                    other_weight = tl.load(part + sums + BLOCK_M, cache_modifier=".cg")
+                    new_peak = tl.maximum(peak, other_peak)
+                    fade = tl.exp2(peak - new_peak)
+                    gain = tl.exp2(other_peak - new_peak)
+                    weight = weight * fade + other_weight * gain
+                    whole = whole * fade[:, None]
+                    whole += tl.load(part + place, cache_modifier=".cg") * gain[:, None]
+                    peak = new_peak
+                tl.store(to, (whole / weight[:, None]).to(out.dtype.element_ty), mask=held)
 
     return _Kernels(tile=DirectLaunch(tile))

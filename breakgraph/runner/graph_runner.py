@@ -220,9 +220,10 @@ class GraphRunner(ABC):
     def _capture_bucket(self, bucket: int) -> BreakableCUDAGraph:
         batch = self.dummy(bucket)
         graph = BreakableCUDAGraph()
-        capture = BreakableCUDAGraphCapture(
-            graph, self.pool, device=self._device, audit=self._audit, breaks=self._breaks
-        )
+        # Its forwards, run, would be most of what a ladder takes: 2.4 of 3.4 s up to 8192 tokens of
+        # Qwen3-8B on an H200.
+        options: dict[str, Any] = {"audit": self._audit, "breaks": self._breaks, "dry": True}
+        capture = BreakableCUDAGraphCapture(graph, self.pool, device=self._device, **options)
         try:
             filled = self.replay_prepare(batch, bucket)
             with forward_context(batch, self.attn_backend), capture:

@@ -55,6 +55,34 @@ def test_an_empty_capture_replays_nothing(device):
     assert graph.steps == ()
 
 
+def test_a_dry_capture_calls_no_break_that_writes_in_place(device):
+    called = []
+
+    @eager_on_graph(in_place=True)
+    def double(x, out):
+        called.append(x)
+        torch.mul(x, 2, out=out)
+
+    @eager_on_graph()
+    def fresh(x):
+        return x.cumsum(0)
+
+    def program(x):
+        x = x + 1
+        out = torch.empty_like(x)
+        double(x, out)
+        return fresh(out.relu()) - 1
+
+    x = torch.randn(SHAPE, device=device)
+    graph, out = capture(lambda: program(x), device, dry=True)
+    assert not called and graph.num_segments == 3
+    for _ in range(2):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.testing.assert_close(out, ((x + 1) * 2).relu().cumsum(0) - 1)
+    assert len(called) == 2
+
+
 def test_capture_itself_gives_the_results(device):
     x = torch.randn(SHAPE, device=device)
     _, out = capture(lambda: three_breaks(x), device)

@@ -119,7 +119,7 @@ class WrappedAttention(Attention):
         self.mix_limited(q, k, v, out)
         return out
 
-    @eager_on_graph()
+    @eager_on_graph(in_place=True)
     def mix_limited(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> None:
