@@ -1,11 +1,13 @@
 """The same prefills by others, in the same process: transformers eager and compiled.
 
 Its model has random weights, takes host token ids and gives the last token's logits. It keeps no
-keys and values, which is less than what a prefill here does.
+keys and values, which is less than what a prefill here does. As a command it is measured alone,
+compiled too, beside our own fastest graph in the same process.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import time
@@ -16,7 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import median, model_folder, timed
+from benchmarks.common import (
+    machine,
+    median,
+    model_folder,
+    model_runner,
+    prefill_request,
+    shape_names,
+    timed,
+    write_json,
+)
+from breakgraph.forward import ForwardBatch
 
 COMPILE_MODES = ("default", "reduce-overhead")
 ENGINES = ("sglang", "vllm")
@@ -112,3 +124,47 @@ def _row(mode: str, tokens: int, call: Callable[[], Any]) -> dict[str, Any]:
     row = {"peer": "transformers", "mode": mode, "tokens": tokens, "ms": median(times)}
     print(f"{tokens:6d} tokens by transformers, {mode}: {row['ms']:.3f} ms", flush=True)
     return row
+
+
+def ours(shape: str, token_counts: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """A row of our own for each token count, by ``--cuda-graph-backend-prefill auto``."""
+    flags = {
+        "piecewise_cuda_graph_tokens": tuple(token_counts),
+        "chunked_prefill_size": max(token_counts),
+        "max_total_tokens": max(token_counts),
+    }
+    with model_runner(shape, cuda_graph_backend_prefill="auto", **flags) as runner:
+        for tokens in token_counts:
+            request = prefill_request(runner.vocab_size, tokens, 1)
+
+            def prefill(forward: Any = runner.forward, request: Any = request) -> Any:
+                return forward(ForwardBatch.from_requests(*request))
+
+            times = [timed(prefill)[0] for _ in range(WARM_UP + 3 * REPEATS)][WARM_UP:]
+            yield {"peer": "breakgraph", "mode": "auto", "tokens": tokens, "ms": median(times)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=shape_names(), default="qwen3-0.6b")
+    parser.add_argument("--tokens", type=int, nargs="+", default=(16, 512))
+    parser.add_argument("--output", help="JSON file to write, anew after each row")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    print(f"{args.shape} on {machine()}")
+    for side in (
+        ours(args.shape, args.tokens),
+        eager(args.shape, args.tokens, float("inf")),
+        compiled(args.shape, args.tokens),
+    ):
+        for row in side:
+            rows.append(row)
+            if row["peer"] == "breakgraph":  # the others print theirs
+                print(
+                    f"{row['tokens']:6d} tokens here, {row['mode']}: {row['ms']:.3f} ms", flush=True
+                )
+            write_json(args.output, {"shape": args.shape, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
