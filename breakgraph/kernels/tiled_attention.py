@@ -161,7 +161,7 @@ def tiled_attention_on_cuda(
         *(tiles.shape[1], scale, causal, long, splits > 1, launches_early(q.device)),
     )
     tensors = (q, k, v, out, tiles, key_slots, parts, ended)
-    _kernels().tile((k.shape[1], count, splits), tensors, (), special)
+    _kernels().attention_tile((k.shape[1], count, splits), tensors, (), special)
 
 
 @cache
@@ -198,7 +198,7 @@ _library.impl("tiled_attention", tiled_attention_on_cuda, "CUDA")
 
 
 class _Kernels(NamedTuple):
-    tile: DirectLaunch
+    attention_tile: DirectLaunch
 
 
 @cache
@@ -208,7 +208,7 @@ def _kernels() -> _Kernels:
     triton, tl = import_triton()
 
     @triton.jit
-    def tile(  # type: ignore[no-untyped-def]
+    def attention_tile(  # type: ignore[no-untyped-def]
         q, k, v, out, tiles, key_slots, parts, ended,
         Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr,
         V_ROW: tl.constexpr, V_HEAD: tl.constexpr, OUT_ROW: tl.constexpr, OUT_HEAD: tl.constexpr,
@@ -311,4 +311,4 @@ def _kernels() -> _Kernels:
                     peak = new_peak
                 tl.store(to, (whole / weight[:, None]).to(out.dtype.element_ty), mask=held)
 
-    return _Kernels(tile=DirectLaunch(tile))
+    return _Kernels(attention_tile=DirectLaunch(attention_tile))

@@ -39,9 +39,6 @@ the GPU alone, for larger sizes too."""
 OCTAVE = 8
 """Buckets in a row that must show it; those of the derived ladder that double the tokens."""
 
-SHORT = 512
-"""Rows up to which the host is a large part of a forward."""
-
 Times: TypeAlias = dict[str, dict[int, dict[int, float]]]
 """Milliseconds by way, requests and rows."""
 
@@ -108,11 +105,13 @@ class CostMeter:
             if rows in runner.buckets and runner.refuses(batch) is None:
                 ways[runner.kind] = _replay(runner, batch)
         best = dict.fromkeys(ways, math.inf)
-        # An eager forward leaves the host's caches to the first replay behind it, which is 5 % of a
-        # short one: each takes its turn twice.
-        turns = list(ways.items()) + list(ways.items())[1:] * (rows <= SHORT)
-        for _ in range(5 if rows <= SHORT else 3 if rows <= 2048 else 2):
-            for way, run in turns:
+        # What follows an eager forward finds the host's caches cold, 5 % of a short replay: so
+        # each replay comes first in some rounds and last in others.
+        order = list(ways)
+        for _ in range(5 if rows <= 512 else 3 if rows <= 2048 else 2):
+            order = [EAGER, *order[2:], *order[1:2]]
+            for way in order:
+                run = ways[way]
                 self._synchronize()
                 start = time.perf_counter()
                 run()
