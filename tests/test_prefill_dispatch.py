@@ -354,6 +354,22 @@ def test_pruned_buckets_hand_their_batches_to_the_next(
 # On a GPU.
 
 
+def test_what_a_graph_took_counts_when_it_is_captured_again_from_kept_memory(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make_runner(checkpoint, "cpu", **AUTO)
+    graphs = runner.graph_runner
+    assert graphs is not None
+    taken = iter(range(0, 10**6, 1000))
+    monkeypatch.setattr(GraphRunner, "_driver_bytes", lambda self: next(taken))
+    graphs.drop()
+    graphs.capture()
+    monkeypatch.setattr(GraphRunner, "_driver_bytes", lambda self: 10**6)
+    graphs.drop()
+    graphs.capture()
+    assert set(graphs.own_bytes.values()) == {1000}
+
+
 @pytest.mark.gpu
 def test_a_budget_holds_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the pool, which is most: what graphs take beside it is seen by the GPU's free memory

@@ -162,7 +162,8 @@ class GraphRunner(ABC):
                 progress.set_postfix_str(f"{bucket} {self.unit}s, {self._memory_text()}")
                 self.graphs[bucket] = self._capture_bucket(bucket)
                 own, last = last, self._driver_bytes()
-                self.own_bytes[bucket] = max(0, last - own)
+                # Captured again, a graph may take what the driver kept of its first capture.
+                self.own_bytes[bucket] = max(self.own_bytes.get(bucket, 0), last - own)
         self.capture_seconds = time.perf_counter() - start
         self.memory_bytes = self._taken_bytes() - taken
         largest = self.graphs[self.buckets[-1]]
