@@ -36,8 +36,8 @@ def write_report(folder: Path) -> None:
 LEGEND = """Milliseconds of whole prefills, host token ids in, last-token logits on the device,
 medians. *products*: all matrix products of the model in one CUDA graph. *with mixers*: those and
 the kernels of attention and recurrences, as timed within a prefill. *of the floor*: the best mode
-over that second floor. A bucket in brackets is what was replayed where a graph of so many tokens
-was found not to pay and dropped; a mode without a time had none left that serves.
+over that second floor. A bucket in brackets is what was replayed: so many tokens are none, or their
+graph was found not to pay and dropped; a mode without a time had none left that serves.
 """
 
 

@@ -33,6 +33,7 @@ class Suite:
     Attributes:
         shapes: in the order they run.
         tokens: of a prefill, ascending; each is a bucket, so no row is padded.
+        between: token counts that are no bucket, measured with one request.
         batch_sizes: the most telling first: what time does not allow is left out at the end.
         peer_tokens: at which transformers is measured.
         seconds: the default budget of a run.
@@ -42,6 +43,7 @@ class Suite:
 
     shapes: tuple[Shape, ...]
     tokens: tuple[int, ...]
+    between: tuple[int, ...]
     batch_sizes: tuple[int, ...]
     peer_tokens: tuple[int, ...]
     seconds: float
@@ -57,6 +59,7 @@ H200 = Suite(
         Shape(name="qwen3-30b-a3b", weight=1.2),
     ),
     tokens=(16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
+    between=(100, 300, 769, 1500, 3000),
     batch_sizes=(1, 8, 32, 4),
     peer_tokens=(16, 128, 512, 1024, 2048, 4096, 8192),
     seconds=250.0,
@@ -71,6 +74,7 @@ CPU = Suite(
         Shape(name="tiny-qwen3-moe"),
     ),
     tokens=(16, 32, 64),
+    between=(24, 50),
     batch_sizes=(1, 4),
     peer_tokens=(16, 64),
     seconds=30.0,

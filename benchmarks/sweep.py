@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -64,7 +64,7 @@ def sweep(
         each = [capture["seconds"] / capture["buckets"] for capture in found["captures"]]
         bucket_seconds = max(each, default=0.0)
         rows = _Rows(runner, suite, found, save)
-        rows.measure(first, deadline)
+        rows.measure(first, deadline, suite.tokens)
         _floors(runner, suite, deadline, found)
         if shape.peers:
             for peer in peers.eager(shape.name, suite.peer_tokens, deadline):
@@ -75,8 +75,9 @@ def sweep(
             PROFILE_SECONDS * len(suite.tokens) + found["ready_seconds"] - runner.load_seconds
         )
         reserve = bucket_seconds * sum(shape.ladders) + profiles
+        rows.measure(first, deadline - reserve, suite.between)
         for batch_size in others:
-            rows.measure(batch_size, deadline - reserve)
+            rows.measure(batch_size, deadline - reserve, suite.tokens)
         del runner, rows
     for count in shape.ladders:
         if time.time() + bucket_seconds * count + profiles < deadline:
@@ -108,9 +109,9 @@ class _Rows:
         self._runner, self._suite, self._found, self._save = runner, suite, found, save
         self._nearest: dict[int, Found] = {}
 
-    def measure(self, batch_size: int, deadline: float) -> None:
-        """A row for each token count that holds ``batch_size`` requests."""
-        for tokens in (count for count in self._suite.tokens if count >= batch_size):
+    def measure(self, batch_size: int, deadline: float, token_counts: Sequence[int]) -> None:
+        """A row for each of ``token_counts`` that holds ``batch_size`` requests."""
+        for tokens in (count for count in token_counts if count >= batch_size):
             about = self._round_ms(tokens)
             if time.time() + about * (3 + LEAST_REPEATS) / 1e3 > deadline:
                 self._found["left_out"].append({"tokens": tokens, "batch_size": batch_size})

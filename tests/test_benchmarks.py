@@ -62,7 +62,7 @@ def test_time_that_is_over_leaves_rows_out_and_says_which(name: str) -> None:
     saved: list[int] = []
     shape = next(shape for shape in CPU.shapes if shape.name == name)
     sweep.sweep(shape, CPU, time.time() - 1, False, found, lambda: saved.append(1))
-    asked = len(CPU.tokens) * len(CPU.batch_sizes)
+    asked = len(CPU.tokens) * len(CPU.batch_sizes) + len(CPU.between)
     assert len(found["rows"]) + len(found["left_out"]) == asked
     assert found["left_out"]
     assert saved
