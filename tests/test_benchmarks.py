@@ -39,7 +39,9 @@ def test_command_measures_a_shape_and_draws_it(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "tiny-qwen3.json").read_text())
     assert "error" not in found
     sizes = [(row["batch_size"], row["tokens"]) for row in found["rows"]]
-    assert sizes == [(size, tokens) for size in CPU.batch_sizes for tokens in CPU.tokens]
+    one, *others = CPU.batch_sizes
+    wanted = [(one, tokens) for tokens in (*CPU.tokens, *CPU.between)]
+    assert sizes == wanted + [(size, tokens) for size in others for tokens in CPU.tokens]
     assert all(floor["products_and_mixer_ms"] > floor["products_ms"] for floor in found["floors"])
     assert [peer["tokens"] for peer in found["peers"]] == list(CPU.peer_tokens)
     assert [one["buckets"] for one in found["ladders"]] == [1, 4]
