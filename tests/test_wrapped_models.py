@@ -127,6 +127,30 @@ def test_limited_attention_goes_in_blocks(
         assert result.token_ids == support.own_text(model, ids, 3)
 
 
+def test_a_soft_cap_counts_where_the_class_itself_would_drop_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = support.make_wrappable("Gemma2ForCausalLM")
+    prompt = random_prompts([30])[0]
+    model.set_attn_implementation("eager")
+    capped = support.own_logits(model, prompt)[-1]
+    # As transformers 5.17 has it; later ones refuse the two together.
+    attentions = transformers.AttentionInterface._global_mapping
+    plain = attentions["sdpa"]
+
+    def drop(*args: Any, softcap: float | None = None, **more: Any) -> Any:
+        return plain(*args, **more)
+
+    monkeypatch.setitem(attentions, "sdpa", drop)
+    monkeypatch.setattr(type(model), "_supports_sdpa", True)
+    model.set_attn_implementation("sdpa")
+    dropped = support.own_logits(model, prompt)[-1]
+    assert (dropped - capped).abs().max() > 1e-3
+    result = breakgraph.wrap(model, **support.FLAGS).prefill([prompt])[0]
+    torch.testing.assert_close(result.next_token_logits, capped, atol=1e-4, rtol=0)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_auto_takes_our_own_file_where_there_is_one(tmp_path: Path) -> None:
     save_model("Qwen3ForCausalLM", tmp_path / "known", head_dim=8)
     save_model("GlmForCausalLM", tmp_path / "unknown")

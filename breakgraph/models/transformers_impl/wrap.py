@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +31,7 @@ from breakgraph.models.transformers_impl.model import (
 from breakgraph.models.transformers_impl.record import line_of, make_layers, record_calls
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +200,9 @@ def _compare_with_class(model: TransformersModel, parts: Parts) -> None:
     sequences = probe_ids(parts.model.config, weight.shape[0], weight.device)
     headless = not isinstance(model, TransformersCausalLM | TransformersClassifier)
     whole = parts.decoder if headless else parts.model
-    outputs = [whole(input_ids=ids.unsqueeze(0)) for ids in sequences]
+    capped = any(layer.soft_cap is not None for layer in parts.layers)
+    with _attention_with_soft_cap(parts.model) if capped else nullcontext():
+        outputs = [whole(input_ids=ids.unsqueeze(0)) for ids in sequences]
     own = torch.cat([(out[0] if headless else out.logits).flatten(0, -2) for out in outputs])
     error = _error(_packed_result(model, parts, sequences), own)
     limit = LARGEST_ERROR.get(weight.dtype, 0.3)
@@ -214,6 +218,18 @@ def _compare_with_class(model: TransformersModel, parts: Parts) -> None:
             f"alone (off by {error:.2g} of their size): something but its attention calls sees "
             "other tokens, or its attention does what the call does not say"
         )
+
+
+@contextmanager
+def _attention_with_soft_cap(model: PreTrainedModel) -> Iterator[None]:
+    """The class's own attention that has one: SDPA, which transformers 5.17 gives Gemma 2, drops it
+    without a word."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _error(ours: torch.Tensor, own: torch.Tensor) -> float:
