@@ -62,7 +62,7 @@ class TiledBackend(AttentionBackend):
         room = most_works(max_new_tokens, max_requests, self._tile, 1)
         self._room = -(-room // 4) * 4  # kernels like 16 bytes
         self._device, self._most_keys = device, max_context_tokens
-        # In a break what the op would tell a capture is of no use, and costs the host 4 µs.
+        # In a break what the op would tell a capture is of no use, and only keeps the host.
         direct = device.type == "cuda" and not static
         self._launch = tiled_attention_on_cuda if direct else tiled_attention
         self._make_staging(max_context_tokens)
@@ -99,11 +99,12 @@ class TiledBackend(AttentionBackend):
         else:
             slots[:] = np.arange(keys)  # keys are read in rows, where they were made
         self._staging.send(count)
-        self._count, longest = tiles, int(batch.extend_lens.max())
-        if self.capturable:
+        if self.capturable:  # a launch is the same for all batches of so many rows
             longest = rows or batch.num_tokens
-            self._count = most_works(longest, self._slots, self._tile, 1)
-        self._long = longest >= LONG_ROWS
+            tiles = most_works(longest, self._slots, self._tile, 1)
+        else:
+            longest = int(batch.extend_lens.max())
+        self._count, self._long = tiles, longest >= LONG_ROWS
 
     def _check_room(self, batch: ForwardBatch, keys: int) -> None:
         if batch.batch_size > self._slots or keys > self._most_keys:
@@ -180,7 +181,7 @@ class ByRowsBackend(AttentionBackend):
 
     def init_forward_metadata(self, batch: ForwardBatch, rows: int | None = None) -> None:
         rows = batch.num_tokens if rows is None else rows
-        few = rows <= self.most or int(batch.extend_lens.max()) <= self.short
+        few = rows <= self.most or (self.short and int(batch.extend_lens.max()) <= self.short)
         self._planned = self.few if few else self.many
         self._planned.init_forward_metadata(batch, rows)
 

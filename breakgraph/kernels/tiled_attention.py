@@ -7,11 +7,11 @@ from the table, so a captured launch serves every later batch. A tile without ro
 Many keys are divided among programs. Each leaves a partial softmax in a workspace, and the last to
 end, by a counter, merges them in their order (flash-decoding: Dao et al., 2023).
 
-FlashAttention-3 is built for long sequences: its blocks keep the GPU for 6 µs where there is one
-token to look at, and for 15.6 where 32 requests have 16. Here that takes 3.3 and 4.7 (an H200 in
-bfloat16, 16 heads of 128 over 8), a program starts while the kernel ahead still runs, and the
-product behind it loads its weight meanwhile (``launches_early``). Once there are more programs than
-processors, FlashAttention-3 is the faster one.
+FlashAttention-3 is built for long sequences: on an H200 in bfloat16, 32 heads of 128 over 8, it
+takes 6.5 µs for 16 tokens, 9.6 for 8 requests of 64, 115 for 16 tokens behind 8000. Here they take
+4.1, 5.7 and 36 (``benchmarks.bench_attention``), a program starts while the kernel ahead still
+runs, and the product behind it loads its weight meanwhile (``launches_early``). Once there are more
+programs than processors, FlashAttention-3 is the faster one.
 
 It is a ``torch.library`` op, so that a capture sees, and audits, what it reads. On a CPU the op is
 the reference, which goes through the table tile by tile.
@@ -34,9 +34,9 @@ WARPS = 4
 LONG_ROWS = 128
 BLOCKS = {False: (64, 3), True: (128, 2)}
 """Keys that a program holds at a time and the depth of its pipeline, of fewer rows than
-``LONG_ROWS`` and of as many. One request of 16, 64, 128, 256 and 512 tokens takes 3.3, 3.7, 5.0,
-7.4 and 13.6 µs by the first and 4.3, 4.6, 4.8, 7.1 and 11.8 by the second; half or twice the
-queries or warps are slower."""
+``LONG_ROWS`` and of as many. When they were chosen, before keys were shared, 16 heads over 8 took
+for one request of 16, 64, 128, 256 and 512 tokens 3.3, 3.7, 5.0, 7.4 and 13.6 µs by the first and
+4.3, 4.6, 4.8, 7.1 and 11.8 by the second; half or twice the queries or warps were slower."""
 
 MOST_SPLITS, PROGRAMS, LEAST_BLOCKS = 16, 256, 4
 """Programs that may share a tile's keys, as long as there are not more of all tiles, and the blocks
@@ -58,9 +58,7 @@ def rows_of_tile(num_heads: int, num_kv_heads: int) -> int:
 
 def rows_of_wave(num_heads: int, num_kv_heads: int, device: torch.device) -> int:
     """The most new tokens of one request that make no more programs than there are processors."""
-    processors = 64
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
     return processors // num_kv_heads * rows_of_tile(num_heads, num_kv_heads)
 
 
