@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from breakgraph.distributed import current_group, vocabulary_shard
+from breakgraph.kernels.gather import gather_rows
 from breakgraph.layers.linear import CheckpointSlot, row_slot, weight_parameter
 
 
@@ -24,10 +25,10 @@ class Embedding(nn.Module):
     def forward(self, input_ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Look up int64 ``input_ids: [rows]``; gives ``[rows, hidden_size]``, ``out`` if given."""
         if self._group.size == 1:
-            return torch.index_select(self.weight, 0, input_ids, out=out)
+            return gather_rows(self.weight, input_ids, out=out)
         elsewhere = (input_ids < self._shard.begin) | (input_ids >= self._shard.end)
         local = (input_ids - self._shard.begin).masked_fill_(elsewhere, 0)
-        found = torch.index_select(self.weight, 0, local, out=out)
+        found = gather_rows(self.weight, local, out=out)
         return self._group.all_reduce_(found.masked_fill_(elsewhere.unsqueeze(1), 0))
 
     def checkpoint_slot(self, name: str, tensor: torch.Tensor) -> CheckpointSlot:

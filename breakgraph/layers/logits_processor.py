@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from breakgraph.distributed import SINGLE, TensorParallelGroup
+from breakgraph.kernels.gather import gather_rows
 
 Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
@@ -69,7 +70,7 @@ class LogitsProcessor(nn.Module):
             logprob_targets: int64 ``[num_tokens]`` on the device, the token whose
                 log-probability each row is asked for, -1 for none.
         """
-        last = hidden_states.index_select(0, last_rows)
+        last = gather_rows(hidden_states, last_rows)
         logprobs = None
         if logprob_targets is not None:
             logprobs = self.target_logprobs(hidden_states, lm_head_weight, logprob_targets)
