@@ -94,6 +94,16 @@ def test_a_call_captured_once_serves_every_later_batch(
     check_one_capture_serves_all(layer, backend, 768, in_place=in_rows)
 
 
+def test_what_a_capture_is_given_follows_from_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flashinfer_module, "IN_ROWS", 64)
+    backend = make_backend(make_layer("cpu", torch.float32), static=True)
+    plans = []
+    for lengths, rows in (([(5, 0)], 16), ([(3, 9), (2, 0)], 48), ([(5, 0)], 64), ([(40, 8)], 96)):
+        backend.init_forward_metadata(make_batch(lengths), rows)
+        plans.append(backend._plan)
+    assert plans[0] is plans[1] is not plans[2] is plans[3]
+
+
 def test_a_static_plan_refuses_what_it_has_no_room_for() -> None:
     layer = make_layer("cpu", torch.float32)
     backend = make_backend(

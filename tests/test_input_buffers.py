@@ -110,6 +110,13 @@ def test_a_ring_that_forgets_sends_the_same(monkeypatch: pytest.MonkeyPatch):
         assert ring.send(count).tolist() == [turn + i for i in range(count)]
 
 
+def test_a_ring_sends_what_its_type_holds():
+    ring = HostStaging(8, CPU, torch.int32)
+    ring.host()[:3] = [1, -2, 2**31 - 1]
+    assert ring.host().dtype == np.int32
+    assert ring.send(3).tolist() == [1, -2, 2**31 - 1]
+
+
 def test_a_stream_is_made_once_and_found_while_it_is_current(monkeypatch: pytest.MonkeyPatch):
     made, current = [], {0: 7}
 
@@ -142,6 +149,13 @@ def test_packed_is_part_after_part(parts: list[Any]):
     packed = pack(parts)
     assert packed.dtype == np.int64 and packed.flags.writeable
     assert packed.tolist() == [x for part in parts for x in part]
+
+
+def test_a_batch_keeps_its_slots_when_the_caller_writes_his():
+    slots = np.arange(3)
+    batch = ForwardBatch.from_requests([[5, 6, 7]], [slots])
+    slots[:] = 9
+    assert batch.out_cache_loc.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("page_size", [1, 4])

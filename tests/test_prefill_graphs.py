@@ -309,6 +309,14 @@ def test_embeddings_and_scores_replay(tmp_path: Path, checkpoint: Path) -> None:
         torch.testing.assert_close(replayed.pooled, eager, rtol=1e-5, atol=1e-5)
 
 
+def test_a_warm_up_runs_many_rows_and_the_fewest(checkpoint: Path) -> None:
+    graphs = make_runner(checkpoint, "cpu").graph_runner
+    assert graphs is not None
+    for buckets, rows in (((16, 64), {16, 64}), ((16, 1920, 2304, 8192), {16, 2304}), ((8,), {8})):
+        graphs.buckets = buckets
+        assert set(graphs._warm_up_buckets()) == rows
+
+
 @pytest.mark.gpu
 def test_a_replay_never_waits_for_the_device(checkpoint: Path) -> None:
     runner = make_runner(checkpoint, "cuda")

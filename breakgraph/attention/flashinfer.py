@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from breakgraph.attention.base import AttentionBackend
@@ -119,8 +118,9 @@ class FlashInferBackend(AttentionBackend):
         self._room = ScheduleLayout(self._processors, works)
         # A static plan begins with the ends of the launch that reads rows.
         self._start = self._room.table_start if static and dtype != torch.float16 else 0
-        self._make_staging(-(-(self._start + self._room.keys_start + max_context_tokens) // 2))
+        self._make_staging(self._start + self._room.keys_start + max_context_tokens)
         self._plan: _Plan | None = None
+        self._static_plans: dict[bool, _Plan] = {}
         self._caches: dict[Attention, _Cache] = {}
 
     def tensors(self) -> list[torch.Tensor]:
@@ -128,8 +128,8 @@ class FlashInferBackend(AttentionBackend):
         return [self._staging.device_buffer]
 
     def _make_staging(self, entries: int) -> None:
-        self._staging = HostStaging(entries, self._device)
-        self._sent = self._staging.device_buffer.view(torch.int32)
+        self._staging = HostStaging(entries, self._device, torch.int32)
+        self._sent = self._staging.device_buffer
 
     def init_forward_metadata(self, batch: ForwardBatch, rows: int | None = None) -> None:
         tiles = count_tiles(batch.extend_lens, self._tile)
@@ -142,10 +142,9 @@ class FlashInferBackend(AttentionBackend):
         cached = batch.has_prefix or batch.batch_size > 1 or (self.capturable and not in_rows)
         start, keys_start = self._start, self._start + layout.keys_start
         end = keys_start + (len(batch.prefix_slots) + batch.num_tokens if cached else 0)
-        count = -(-end // 2)  # int64 entries, each of which holds two
-        if count > self._staging.capacity:
-            self._make_staging(2 * count)
-        host = self._staging.host()[:count].view(np.int32)
+        if end > self._staging.capacity:
+            self._make_staging(2 * end)
+        host = self._staging.host()
         key_lens = batch.extend_lens + batch.prefix_lens
         write_schedule(batch, key_lens, tiles, self._tile, self._heads, layout, host[start:])
         if start:
@@ -154,14 +153,26 @@ class FlashInferBackend(AttentionBackend):
             ends[1] = ends[1] if cached else 0
         if cached:
             write_key_slots(batch, host[keys_start:end])
-        self._staging.send(count)
-        table, launch = (start + layout.table_start, layout.works), None
-        offsets = plan_of(start, *table)
-        key_slots = self._sent[keys_start:] if cached or self.capturable else None
-        if not self.capturable and self._device.type == "cuda":
+        self._staging.send(end)
+        if self.capturable:
+            self._plan = self._static_plan(in_rows)
+            return
+        offsets, launch = plan_of(0, layout.table_start, layout.works), None
+        key_slots = self._sent[keys_start:] if cached else None
+        if self._device.type == "cuda":
             launch = bound_launch(*self._kernels, self._sent, offsets, key_slots)
-        read = plan_of(0, *table) if in_rows else None
-        self._plan = _Plan(batch.num_tokens, offsets, key_slots, launch, read)
+        self._plan = _Plan(batch.num_tokens, offsets, key_slots, launch, None)
+
+    def _static_plan(self, in_rows: bool) -> _Plan:
+        """What captures need, the same for all batches; made once."""
+        if (found := self._static_plans.get(in_rows)) is None:
+            start, room = self._start, self._room
+            table = start + room.table_start, room.works
+            key_slots = self._sent[start + room.keys_start :]
+            read = plan_of(0, *table) if in_rows else None
+            found = _Plan(self._max_new_tokens, plan_of(start, *table), key_slots, None, read)
+            self._static_plans[in_rows] = found
+        return found
 
     def forward(
         self,

@@ -16,18 +16,17 @@ class PackedLengths:
     """``cu_seqlens``, int32 ``[max_requests + 1]`` on ``device``."""
 
     def __init__(self, max_requests: int, device: torch.device) -> None:
-        self._count = -(-(max_requests + 1) // 2)  # int64 entries, each of which holds two
         self._slots = max_requests
-        self._staging = HostStaging(self._count, device)
-        self.cu_seqlens = self._staging.device_buffer.view(torch.int32)[: max_requests + 1]
+        self._staging = HostStaging(max_requests + 1, device, torch.int32)
+        self.cu_seqlens = self._staging.device_buffer
 
     def send(self, batch: ForwardBatch) -> None:
         """Plan ``batch``. Raises ValueError if it has more requests than there are slots."""
         size = batch.batch_size
         if size > self._slots:
             raise ValueError(f"{size} requests do not fit the {self._slots} slots of the graphs")
-        host = self._staging.host().view(np.int32)
+        host = self._staging.host()
         host[0] = 0
         np.cumsum(batch.extend_lens, out=host[1 : size + 1])
         host[size + 1 :] = batch.num_tokens
-        self._staging.send(self._count)
+        self._staging.send(len(host))

@@ -19,6 +19,8 @@ import torch
 
 IntArray = np.ndarray
 
+_NO_SLOTS = np.zeros(0, np.int64)
+
 
 class ForwardMode(str, Enum):
     """What a forward is for; attention breaks a prefill and may be captured in a decode."""
@@ -102,7 +104,7 @@ class ForwardBatch:
             out_cache_loc=pack(new_slots),
             extend_lens=np.array(lens, np.int32),
             prefix_lens=np.array(prefix_lens, np.int32),
-            prefix_slots=pack(prefix_slots or ()),
+            prefix_slots=_NO_SLOTS if not prefix_slots else pack(prefix_slots),
             input_embeds=input_embeds,
             logprob_targets=logprob_targets,
             mode=mode,
@@ -147,8 +149,9 @@ class ForwardBatch:
         if self.batch_size == 1:  # 0.6 µs instead of 6
             first = int(self.prefix_lens[0])
             return np.arange(first, first + self.num_tokens, dtype=np.int64)
-        before = self.last_token_rows + 1 - self.extend_lens - self.prefix_lens
-        return np.arange(self.num_tokens, dtype=np.int64) - before.repeat(self.extend_lens)
+        before = self.last_token_rows - (self.extend_lens + self.prefix_lens - 1)
+        rows = np.arange(self.num_tokens, dtype=np.int64)
+        return np.subtract(rows, before.repeat(self.extend_lens), out=rows)
 
     @cached_property
     def last_token_rows(self) -> IntArray:
@@ -195,7 +198,8 @@ def pack(parts: Sequence[Sequence[int] | IntArray]) -> IntArray:
     if not parts:
         return np.zeros(0, np.int64)
     if isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts, dtype=np.int64)
+        one = len(parts) == 1  # 0.4 µs, not 1
+        return np.array(parts[0], np.int64) if one else np.concatenate(parts, dtype=np.int64)
     flat = parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
     packed = np.empty(len(flat), np.int64)
     struct.pack_into(f"{len(flat)}q", packed.data, 0, *flat)  # 59 µs for 8192, np.array takes 149

@@ -17,14 +17,16 @@ KEPT = 128
 
 
 class HostStaging:
-    """A device buffer of int64 and the host ring that fills it, one copy a fill."""
+    """A device buffer of integers and the host ring that fills it, one copy a fill."""
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        self.device_buffer = torch.zeros(capacity, dtype=torch.int64, device=device)
+    def __init__(
+        self, capacity: int, device: torch.device, dtype: torch.dtype = torch.int64
+    ) -> None:
+        self.device_buffer = torch.zeros(capacity, dtype=dtype, device=device)
         self._cuda = device.type == "cuda"
         ring = RING if self._cuda else 1
         self._host = [
-            torch.zeros(capacity, dtype=torch.int64, pin_memory=self._cuda) for _ in range(ring)
+            torch.zeros(capacity, dtype=dtype, pin_memory=self._cuda) for _ in range(ring)
         ]
         self._views: list[np.ndarray] = [host.numpy() for host in self._host]
         self._copied = [torch.cuda.Event() for _ in range(ring)] if self._cuda else []
@@ -37,7 +39,7 @@ class HostStaging:
         return self.device_buffer.numel()
 
     def host(self) -> np.ndarray:
-        """The host array, int64 ``[capacity]``, to write before the next ``send``."""
+        """The host array ``[capacity]``, to write before the next ``send``."""
         if self._cuda:
             self._copied[self._next].synchronize()
         return self._views[self._next]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +74,7 @@ class PrefillInputBuffers:
     """
 
     columns = 3
+    _padding: np.ndarray | int = 0
 
     def __init__(
         self,
@@ -119,10 +121,11 @@ class PrefillInputBuffers:
         host[1 : 1 + requests] = batch.extend_lens
         host[last : last + requests] = batch.last_token_rows
         end = self._head
-        for values, padding in self._columns(batch):
+        for values in self._columns(batch):
             host[end : end + tokens] = values
-            host[end + tokens : end + rows] = padding
             end += rows
+        if tokens < rows:
+            host[self._head : end].reshape(self.columns, rows)[:, tokens:] = self._padding
         if batch.logprob_targets is not None:
             host[end : end + tokens] = batch.logprob_targets
             end += tokens
@@ -169,9 +172,9 @@ class PrefillInputBuffers:
             self._by_requests[requests] = found
         return found
 
-    def _columns(self, batch: ForwardBatch) -> list[tuple[np.ndarray | int, int]]:
-        """What each column holds for the tokens of ``batch``, and behind them."""
-        return [(batch.input_ids, 0), (batch.positions, 0), (batch.out_cache_loc, 0)]
+    def _columns(self, batch: ForwardBatch) -> list[np.ndarray | int]:
+        """What each column holds for the tokens of ``batch``."""
+        return [batch.input_ids, batch.positions, batch.out_cache_loc]
 
     def _layer_inputs(
         self, common: Sequence[torch.Tensor], more: Sequence[torch.Tensor]
@@ -187,10 +190,13 @@ class DecodeInputBuffers(PrefillInputBuffers):
 
     columns = 5
 
-    def _columns(self, batch: ForwardBatch) -> list[tuple[np.ndarray | int, int]]:
-        spare = self.max_requests
-        rows = spare if batch.rows is None else batch.rows
-        return [*super()._columns(batch), (rows, spare), (batch.prefix_lens + 1, 1)]
+    def __init__(self, **shape: Any) -> None:
+        super().__init__(**shape)
+        self._padding = np.array([[0], [0], [0], [self.max_requests], [1]])
+
+    def _columns(self, batch: ForwardBatch) -> list[np.ndarray | int]:
+        rows = self.max_requests if batch.rows is None else batch.rows
+        return [*super()._columns(batch), rows, batch.prefix_lens + 1]
 
     def _layer_inputs(
         self, common: Sequence[torch.Tensor], more: Sequence[torch.Tensor]
