@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import machine, median, timed, write_json
+from breakgraph.kernels.gated_products import gated_product
 from breakgraph.kernels.norms import (
     add_rms_norm,
     gated_rms_norm,
@@ -232,28 +233,25 @@ def kernel_row(case: Case, rows: int) -> Row:
 
 
 def feed_forward_row(shape: str, rows: int) -> Row:
-    """Gate and up to the activation: batched or wide product, torch's activation or ours."""
+    """Norm, gate and up to the activation: a norm first or its factor last, and as one kernel."""
     hidden, inner, _, _ = SHAPES[shape]
     sets = max(2, -(-CACHE_BYTES // (4 * hidden * inner)))
-    x = normal(rows, hidden)
-    weights = [normal(2 * inner, hidden) for _ in range(sets)]
+    x, scale = normal(rows, hidden), normal(hidden)
+    weights = [normal(2 * inner, hidden) * hidden**-0.5 for _ in range(sets)]
 
-    def batched(weight: torch.Tensor, fused: bool) -> torch.Tensor:
-        gate, up = torch.bmm(x.expand(2, -1, -1), weight.unflatten(0, (2, -1)).mT)
-        return silu_mul(gate, up) if fused else F.silu(gate).mul_(up)
+    def normed(weight: torch.Tensor) -> torch.Tensor:
+        return silu_mul(F.linear(rms_norm(x, scale, EPS), weight))
 
-    def wide(weight: torch.Tensor) -> torch.Tensor:
-        return silu_mul(*F.linear(x, weight).chunk(2, dim=1))
+    def factored(weight: torch.Tensor) -> torch.Tensor:
+        return silu_mul(F.linear(x, weight), normed=x, eps=EPS)
 
-    times = graph_us(
-        [partial(batched, w, False) for w in weights],
-        [partial(batched, w, True) for w in weights],
-        [partial(wide, w) for w in weights],
-        at_least=8,
-    )
-    names = ("bmm_torch_us", "bmm_fused_us", "wide_fused_us")
+    def gated(weight: torch.Tensor) -> torch.Tensor:
+        return gated_product(rms_norm(x, scale, EPS), weight)
+
+    calls = (normed, factored, gated)
+    times = graph_us(*([partial(call, w) for w in weights] for call in calls), at_least=8)
     row: Row = {"shape": shape, "rows": rows}
-    return row | dict(zip(names, times, strict=True))
+    return row | dict(zip(("normed_us", "factored_us", "gated_us"), times, strict=True))
 
 
 def residual_row(shape: str, rows: int, inputs: int) -> Row:

@@ -119,12 +119,14 @@ def main() -> None:
     )
     parser.add_argument("--mode", choices=("breakable", "full", "auto"), default="breakable")
     parser.add_argument("--prefill-graph-requests", type=int, default=8, metavar="R")
+    parser.add_argument("--matrix-products", choices=("auto", "cublas"), default="auto")
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args()
     flags = {
         "cuda_graph_backend_prefill": args.mode,
         "prefill_graph_requests": args.prefill_graph_requests,
         "chunked_prefill_size": max(args.tokens),
+        "matrix_products": args.matrix_products,
         "linear_attention_capture": args.linear_attention_capture,
     }
     with model_runner(args.shape, max_total_tokens=max(args.tokens), **flags) as runner:

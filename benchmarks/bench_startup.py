@@ -84,7 +84,7 @@ def start(folder: str, load_format: str, tokens: int, began: float) -> dict[str,
         phases.watch(model_runner, "load_model", "weights")
         phases.watch(weights, "_build", "model on the meta device")
         phases.watch(weights, "read_config", "config")
-        phases.watch(model_runner, "use_small_products", "kernels for few rows")
+        phases.watch(model_runner, "use_own_products", "kernels of products")
         phases.watch(model_runner, "prefill_backend", "attention kernels")
         phases.watch(model_runner, "make_kv_pool", "KV pool")
         phases.watch(model_runner, "make_mamba_pool", "state pool")

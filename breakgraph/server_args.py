@@ -140,9 +140,8 @@ class ServerArgs:
     moe_scatter: bool = _flag(
         False, "each rank normalises and routes its own rows before experts (needs --tp-size)"
     )
-    small_matrix_products: Literal["auto", "cublas"] = _flag(
-        "auto",
-        "what multiplies a few rows with a weight: auto is our own kernels where they are faster",
+    matrix_products: Literal["auto", "cublas"] = _flag(
+        "auto", "what multiplies with a weight: auto is our own kernels where they gain"
     )
     chunked_prefill_size: int | None = _flag(
         None, "most tokens of one prefill forward (default: 8192 on cuda, 512 on cpu)", minimum=1

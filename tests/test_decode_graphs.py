@@ -238,11 +238,13 @@ def mark_mlp(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     original = GatedMLP.forward
 
     @eager_on_graph()
-    def marked(self: GatedMLP, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def marked(
+        self: GatedMLP, x: torch.Tensor, residual: torch.Tensor, normed_eps: float | None = None
+    ) -> torch.Tensor:
         ran.append(is_in_breakable_cuda_graph())
-        return original(self, x, residual)
+        return original(self, x, residual, normed_eps)
 
-    monkeypatch.setattr(GatedMLP, "forward", lambda self, x, residual: marked(self, x, residual))
+    monkeypatch.setattr(GatedMLP, "forward", lambda *given: marked(*given))
     return ran
 
 

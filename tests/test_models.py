@@ -21,6 +21,7 @@ from models_support import (
 from breakgraph.attention import TorchNativeBackend
 from breakgraph.forward import ForwardBatch, forward_context
 from breakgraph.layers import ClassificationHead
+from breakgraph.layers.norm import fold_norms
 from breakgraph.models import MODELS, CausalLM, ModelLoadError, SequenceClassifier, load_model
 
 EXPERTS = {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -45,13 +46,20 @@ CAUSAL = {
 }
 
 
-@pytest.fixture(scope="module", params=CAUSAL)
+@pytest.fixture(
+    scope="module",
+    params=[(name, folded) for folded in (False, True) for name in CAUSAL],
+    ids=lambda param: f"{param[0]}-folded" if param[1] else param[0],
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A reference model, and ours loaded from its checkpoint."""
-    architecture, config = CAUSAL[request.param]
+    """A reference model, and ours loaded from its checkpoint, its norms apart or folded."""
+    name, folded = request.param
+    architecture, config = CAUSAL[name]
     reference = make_reference(architecture, **config)
-    folder = save_checkpoint(reference, tmp_path_factory.mktemp("checkpoint"))
-    return reference, load_model(folder)
+    model = load_model(save_checkpoint(reference, tmp_path_factory.mktemp("checkpoint")))
+    if folded:
+        fold_norms(model)
+    return reference, model
 
 
 @torch.no_grad()

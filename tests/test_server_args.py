@@ -42,7 +42,7 @@ SURFACE = [
     ("--tp-size", 1, None),
     ("--dp-size", 1, None),
     ("--moe-scatter", False, None),
-    ("--small-matrix-products", "auto", ("auto", "cublas")),
+    ("--matrix-products", "auto", ("auto", "cublas")),
     ("--chunked-prefill-size", None, None),
     ("--max-total-tokens", None, None),
     ("--max-mamba-cache-size", None, None),

@@ -18,7 +18,7 @@ from breakgraph.kernels.small_products import (
 )
 from breakgraph.kernels.small_products_cuda import DEPTH_MULTIPLE, MAX_ROWS, plan_of
 from breakgraph.layers import GatedMLP, Linear, PlainMLP
-from breakgraph.layers.linear import use_small_products
+from breakgraph.layers.own_products import use_own_products
 
 ACTIVATIONS: list[Activation] = ["none", "silu_mul", "relu_squared"]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -138,7 +138,7 @@ def test_a_captured_product_reads_its_inputs_at_replay() -> None:
 
 def test_nothing_is_served_on_a_cpu() -> None:
     model = nn.Sequential(Linear(DEPTH_MULTIPLE, 8), Linear(8, 8))
-    assert use_small_products(model) == 0
+    assert use_own_products(model) == 0
     assert not serves(model[0].weight)
 
 

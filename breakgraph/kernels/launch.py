@@ -40,6 +40,12 @@ def launches_early(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """The multiprocessors of a CUDA ``device``."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def power_of_two(size: int) -> int:
     """The smallest power of two that is not below ``size``."""
     return 1 << max(0, size - 1).bit_length()

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from breakgraph.kernels.direct_launch import DirectLaunch, specialized
-from breakgraph.kernels.launch import check_rows, import_triton, launches_early
+from breakgraph.kernels.launch import check_rows, import_triton, launches_early, power_of_two
+from breakgraph.kernels.row_factor import row_factor, row_factor_function
 
 BLOCK, WARPS = 2048, 8
 """Elements of a row that a program takes, and its warps: 16 bytes of each input a thread in
@@ -25,7 +26,7 @@ tl: Any = None  # triton.language, once the kernels are made
 
 _library = torch.library.Library("breakgraph", "FRAGMENT")
 _library.define("relu_squared_(Tensor(a!) x) -> ()")
-_library.define("silu_mul(Tensor gate, Tensor? up) -> Tensor")
+_library.define("silu_mul(Tensor gate, Tensor? up, Tensor? normed, float eps) -> Tensor")
 
 
 def relu_squared_(x: torch.Tensor) -> torch.Tensor:
@@ -47,12 +48,20 @@ def relu_squared_(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def silu_mul(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+def silu_mul(
+    gate: torch.Tensor,
+    up: torch.Tensor | None = None,
+    normed: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
     """``silu(gate) * up``, with ``silu(gate)`` rounded to the dtype first.
 
     Args:
         gate: ``[rows, size]``, rows strided.
         up: as ``gate``; None where ``gate`` is a wide product with ``up`` as its second half.
+        normed: ``[rows, hidden]``, rows strided: both are first multiplied with its
+            ``row_factor``, in float32.
+        eps: of that.
 
     Returns:
         ``[rows, size]``, contiguous.
@@ -66,7 +75,11 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor
             raise ValueError(f"the product {list(gate.shape)} has no two halves")
     else:
         check_rows(gate=gate, up=up)
-    return torch.ops.breakgraph.silu_mul(gate, up)
+    if normed is not None:
+        check_rows(normed=normed)
+        if len(normed) != len(gate):
+            raise ValueError(f"normed has {len(normed)} rows and gate {len(gate)}")
+    return torch.ops.breakgraph.silu_mul(gate, up, normed, eps)
 
 
 def relu_squared_reference_(x: torch.Tensor) -> None:
@@ -74,10 +87,18 @@ def relu_squared_reference_(x: torch.Tensor) -> None:
     x.relu_().square_()
 
 
-def silu_mul_reference(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+def silu_mul_reference(
+    gate: torch.Tensor,
+    up: torch.Tensor | None = None,
+    normed: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
     """``silu_mul`` in plain torch ops."""
     if up is None:
         gate, up = gate.chunk(2, dim=1)
+    if normed is not None:
+        factor = row_factor(normed, eps)
+        return (F.silu(gate.float() * factor).to(gate.dtype) * (up.float() * factor)).to(gate.dtype)
     return F.silu(gate).mul_(up)
 
 
@@ -89,18 +110,29 @@ def _relu_squared_on_cuda(x: torch.Tensor) -> None:
         _kernels().relu_squared((rows, -(-size // BLOCK), 1), (x,), (), special)
 
 
-def _silu_mul_on_cuda(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+def _silu_mul_on_cuda(
+    gate: torch.Tensor, up: torch.Tensor | None, normed: torch.Tensor | None, eps: float
+) -> torch.Tensor:
     if up is None:
         gate, up = gate.chunk(2, dim=1)
     rows, size = gate.shape
     out = torch.empty((rows, size), dtype=gate.dtype, device=gate.device)
     if out.numel():
         early = launches_early(gate.device)
+        rows_of = gate if normed is None else normed
+        hidden = rows_of.shape[1]
         _kernels().silu_mul(
             (rows, -(-size // BLOCK), 1),
-            (gate, up, out),
+            (gate, up, rows_of, out),
             (),
-            specialized((gate.stride(0), up.stride(0), size, BLOCK, early), WARPS, early),
+            specialized(
+                (
+                    *(gate.stride(0), up.stride(0), rows_of.stride(0), size, BLOCK),
+                    *(normed is not None, eps, hidden, power_of_two(hidden), early),
+                ),
+                WARPS,
+                early,
+            ),
         )
     return out
 
@@ -121,6 +153,7 @@ def _kernels() -> _Kernels:
     """The Triton kernels; made on first use, because Triton is there only where CUDA is."""
     global tl
     triton, tl = import_triton()
+    row_factor_of = row_factor_function()
 
     @triton.jit
     def relu_squared(  # type: ignore[no-untyped-def]
@@ -137,24 +170,25 @@ def _kernels() -> _Kernels:
 
     @triton.jit
     def silu_mul(  # type: ignore[no-untyped-def]
-        gate,
-        up,
-        out,
-        GATE_ROW: tl.constexpr,
-        UP_ROW: tl.constexpr,
-        SIZE: tl.constexpr,
-        BLOCK: tl.constexpr,
+        gate, up, normed, out,
+        GATE_ROW: tl.constexpr, UP_ROW: tl.constexpr, NORMED_ROW: tl.constexpr,
+        SIZE: tl.constexpr, BLOCK: tl.constexpr,
+        NORM: tl.constexpr, EPS: tl.constexpr, HIDDEN: tl.constexpr, HIDDEN_BLOCK: tl.constexpr,
         EARLY: tl.constexpr,
-    ):
+    ):  # fmt: skip
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
         row = tl.program_id(0).to(tl.int64)
         col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         held = col < SIZE
+        dtype = gate.dtype.element_ty
         wide = tl.load(gate + row * GATE_ROW + col, mask=held, other=0.0).to(tl.float32)
-        factor = tl.load(up + row * UP_ROW + col, mask=held, other=0.0).to(tl.float32)
-        active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype.element_ty).to(tl.float32)
-        tl.store(out + row * SIZE + col, (active * factor).to(out.dtype.element_ty), mask=held)
+        beside = tl.load(up + row * UP_ROW + col, mask=held, other=0.0).to(tl.float32)
+        if NORM:
+            factor = row_factor_of(normed + row * NORMED_ROW, EPS, HIDDEN, HIDDEN_BLOCK)
+            wide, beside = wide * factor, beside * factor
+        active = (wide / (1.0 + tl.exp(-wide))).to(dtype).to(tl.float32)
+        tl.store(out + row * SIZE + col, (active * beside).to(dtype), mask=held)
 
     return _Kernels(relu_squared=DirectLaunch(relu_squared), silu_mul=DirectLaunch(silu_mul))

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 from breakgraph.kernels.direct_launch import DirectLaunch, specialized
-from breakgraph.kernels.launch import import_triton, launches_early, power_of_two
+from breakgraph.kernels.launch import check_rows, import_triton, launches_early, power_of_two
+from breakgraph.kernels.row_factor import row_factor, row_factor_function
 
 BLOCK, WARPS = 1024, 4
 """Elements of whole heads that a program holds, at least one head; its warps. On an H200 in
@@ -36,9 +37,10 @@ _library.define(
     "Tensor(a!) k_cache, Tensor(b!) v_cache) -> (Tensor, Tensor)"
 )
 _library.define(
-    "qkv_norm_rope_store(Tensor(c) qkv, Tensor? q_weight, Tensor? k_weight, "
+    "qkv_norm_rope_store(Tensor(c!) qkv, Tensor? normed, float normed_eps, "
+    "Tensor? q_weight, Tensor? k_weight, "
     "float eps, float offset, Tensor cos_sin, Tensor out_cache_loc, "
-    "Tensor(a!) k_cache, Tensor(b!) v_cache) -> (Tensor, Tensor, Tensor(c))"
+    "Tensor(a!) k_cache, Tensor(b!) v_cache) -> (Tensor, Tensor, Tensor(c!))"
 )
 
 
@@ -97,6 +99,8 @@ def qkv_norm_rope_store(
     k_weight: torch.Tensor | None = None,
     eps: float = 0.0,
     offset: float = 0.0,
+    normed: torch.Tensor | None = None,
+    normed_eps: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``qk_norm_rope_store`` of a fused projection, as one op: a capture has no views to look at.
 
@@ -104,6 +108,9 @@ def qkv_norm_rope_store(
         qkv: ``[rows, (num_heads + 2 * num_kv_heads) * head_dim]``, rows strided: the query heads,
             then as many key and value heads as the caches have.
         cos_sin: these and the others as for ``qk_norm_rope_store``.
+        normed: ``[rows, hidden]``, rows strided: ``qkv`` is first multiplied with its
+            ``row_factor``, in float32, its values in place.
+        normed_eps: of that.
 
     Returns:
         The query and key for attention, contiguous, and the value, a view of ``qkv``.
@@ -112,7 +119,8 @@ def qkv_norm_rope_store(
         ValueError: as ``qk_norm_rope_store``, or ``qkv`` has no such heads.
     """
     return torch.ops.breakgraph.qkv_norm_rope_store(
-        qkv, q_weight, k_weight, eps, offset, cos_sin, out_cache_loc, k_cache, v_cache
+        *(qkv, normed, normed_eps),
+        *(q_weight, k_weight, eps, offset, cos_sin, out_cache_loc, k_cache, v_cache),
     )
 
 
@@ -128,8 +136,14 @@ def qk_norm_rope_store_reference(
     out_cache_loc: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    normed: torch.Tensor | None = None,
+    normed_eps: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``qk_norm_rope_store`` in plain torch ops."""
+    if normed is not None:
+        factor = row_factor(normed, normed_eps)[..., None]
+        q, k = ((x.float() * factor).to(x.dtype) for x in (q, k))
+        v.copy_(v.float() * factor)
     if q_weight is not None and k_weight is not None:
         q, k = _normalised(q, q_weight, eps, offset), _normalised(k, k_weight, eps, offset)
     q, k = _rotated(q, cos_sin), _rotated(k, cos_sin)
@@ -211,6 +225,8 @@ def _on_cuda(
     out_cache_loc: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    normed: torch.Tensor | None = None,
+    normed_eps: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (rows, heads, head_dim), kv_heads, half = q.shape, k.shape[1], cos_sin.shape[2]
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
@@ -220,15 +236,18 @@ def _on_cuda(
     if rows:
         weights = (q if q_weight is None else q_weight, k if k_weight is None else k_weight)
         early = launches_early(q.device)
+        rows_of = q[:, 0] if normed is None else normed
         _kernels().qk_norm_rope_store(
             (rows, blocks, 1),
-            (q, k, v, *weights, cos_sin, out_cache_loc, q_out, k_out, k_cache, v_cache),
+            (q, k, v, rows_of, *weights, cos_sin, out_cache_loc, q_out, k_out, k_cache, v_cache),
             (),
             specialized(
                 (
-                    *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
+                    *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], rows_of.stride(0)),
+                    *(normed is not None, normed_eps, rows_of.shape[1]),
                     *(eps, offset, q_weight is not None, heads, kv_heads, head_dim, half, block_h),
                     *(power_of_two(size) for size in (half, head_dim - 2 * half, head_dim)),
+                    power_of_two(rows_of.shape[1]),
                     early,
                 ),
                 WARPS,
@@ -247,6 +266,8 @@ def _of_heads(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def of_projection(
         qkv: torch.Tensor,
+        normed: torch.Tensor | None,
+        normed_eps: float,
         q_weight: torch.Tensor | None,
         k_weight: torch.Tensor | None,
         eps: float,
@@ -262,7 +283,12 @@ def _of_heads(function: Callable[..., Any]) -> Callable[..., Any]:
             )
         q, k, v = qkv.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
         _check(q, k, v, q_weight, k_weight, *others)
-        return *function(q, k, v, q_weight, k_weight, eps, offset, *others), v
+        if normed is not None:
+            check_rows(normed=normed)
+            if len(normed) != len(qkv):
+                raise ValueError(f"normed has {len(normed)} rows and qkv {len(qkv)}")
+        norms = (q_weight, k_weight, eps, offset)
+        return *function(q, k, v, *norms, *others, normed, normed_eps), v
 
     return of_projection
 
@@ -280,12 +306,14 @@ def _kernels() -> _Kernels:
     """The Triton kernels; made on first use, because Triton is there only where CUDA is."""
     global tl
     triton, tl = import_triton()
+    row_factor_of = row_factor_function()
 
     @triton.jit
     def load_heads(  # type: ignore[no-untyped-def]
-        source, held, weight, cos, sin,
-        EPS: tl.constexpr, OFFSET: tl.constexpr, NORM: tl.constexpr, HEAD_DIM: tl.constexpr,
-        HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+        source, held, factor, weight, cos, sin,
+        SCALE: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, NORM: tl.constexpr,
+        HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+        BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
     ):  # fmt: skip
         """The first and second rotated half and the rest of a block of heads, in float32."""
         part = tl.arange(0, BLOCK_HALF)[None, :]
@@ -300,6 +328,8 @@ def _kernels() -> _Kernels:
             third = tl.load(source + rest, mask=high, other=0.0).to(tl.float32)
         else:
             third = first
+        if SCALE:
+            first, second, third = first * factor, second * factor, third * factor
         if NORM:
             total = tl.sum(first * first, 1) + tl.sum(second * second, 1)
             if HEAD_DIM > 2 * HALF:
@@ -339,13 +369,14 @@ def _kernels() -> _Kernels:
 
     @triton.jit
     def qk_norm_rope_store(  # type: ignore[no-untyped-def]
-        q, k, v, q_weight, k_weight, cos_sin, out_cache_loc, q_out, k_out, k_cache, v_cache,
+        q, k, v, normed, q_weight, k_weight, cos_sin, out_cache_loc, q_out, k_out, k_cache, v_cache,
         Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr,
-        V_ROW: tl.constexpr, V_HEAD: tl.constexpr,
+        V_ROW: tl.constexpr, V_HEAD: tl.constexpr, NORMED_ROW: tl.constexpr,
+        SCALE: tl.constexpr, SCALE_EPS: tl.constexpr, HIDDEN: tl.constexpr,
         EPS: tl.constexpr, OFFSET: tl.constexpr, NORM: tl.constexpr,
         HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
         BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
-        BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
+        BLOCK_D: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, EARLY: tl.constexpr,
     ):  # fmt: skip
         """One row's block of query, key or value heads; a block never mixes the three."""
         if EARLY:
@@ -358,14 +389,17 @@ def _kernels() -> _Kernels:
         within = tl.arange(0, BLOCK_H)[:, None]
         part = tl.arange(0, BLOCK_HALF)[None, :]
         angles = cos_sin + row * (2 * HALF) + part
+        factor = 1.0
+        if SCALE:
+            factor = row_factor_of(normed + row * NORMED_ROW, SCALE_EPS, HIDDEN, BLOCK_HIDDEN)
         if block < Q_BLOCKS:
             head = block * BLOCK_H + within
             held = head < HEADS
             cos = tl.load(angles, mask=part < HALF, other=0.0).to(tl.float32)
             sin = tl.load(angles + HALF, mask=part < HALF, other=0.0).to(tl.float32)
             first, second, third = load_heads(
-                q + row * Q_ROW + head * Q_HEAD, held, q_weight, cos, sin,
-                EPS, OFFSET, NORM, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST,
+                q + row * Q_ROW + head * Q_HEAD, held, factor, q_weight, cos, sin,
+                SCALE, EPS, OFFSET, NORM, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST,
             )  # fmt: skip
             store_heads(
                 q_out + row * (HEADS * HEAD_DIM) + head * HEAD_DIM, held, first, second, third,
@@ -378,8 +412,8 @@ def _kernels() -> _Kernels:
             cos = tl.load(angles, mask=part < HALF, other=0.0).to(tl.float32)
             sin = tl.load(angles + HALF, mask=part < HALF, other=0.0).to(tl.float32)
             first, second, third = load_heads(
-                k + row * K_ROW + head * K_HEAD, held, k_weight, cos, sin,
-                EPS, OFFSET, NORM, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST,
+                k + row * K_ROW + head * K_HEAD, held, factor, k_weight, cos, sin,
+                SCALE, EPS, OFFSET, NORM, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST,
             )  # fmt: skip
             store_heads(
                 k_out + row * (KV_HEADS * HEAD_DIM) + head * HEAD_DIM, held, first, second, third,
@@ -395,7 +429,11 @@ def _kernels() -> _Kernels:
             slot = tl.load(out_cache_loc + row)
             dim = tl.arange(0, BLOCK_D)[None, :]
             inside = (head < KV_HEADS) & (dim < HEAD_DIM)
-            value = tl.load(v + row * V_ROW + head * V_HEAD + dim, mask=inside, other=0.0)
+            at = v + row * V_ROW + head * V_HEAD + dim
+            value = tl.load(at, mask=inside, other=0.0)
+            if SCALE:
+                value = (value.to(tl.float32) * factor).to(v.dtype.element_ty)
+                tl.store(at, value, mask=inside)
             tl.store(
                 v_cache + slot * (KV_HEADS * HEAD_DIM) + head * HEAD_DIM + dim, value, mask=inside
             )

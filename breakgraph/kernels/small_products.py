@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from breakgraph.kernels.row_factor import row_factor
 from breakgraph.kernels.small_products_cuda import (
     ACTIVATIONS,
     MAX_ROWS,
@@ -24,7 +25,9 @@ from breakgraph.kernels.small_products_cuda import (
 )
 
 _library = torch.library.Library("breakgraph", "FRAGMENT")
-_library.define("small_product(Tensor x, Tensor weight, str activation) -> Tensor")
+_library.define(
+    "small_product(Tensor x, Tensor weight, str activation, float? normed_eps) -> Tensor"
+)
 _library.define("add_small_product(Tensor(a!) residual, Tensor x, Tensor weight, bool keep) -> ()")
 
 Activation = Literal["none", "silu_mul", "relu_squared"]
@@ -39,7 +42,10 @@ def serves(weight: torch.Tensor, activation: Activation = "none") -> bool:
 
 
 def small_product(
-    x: torch.Tensor, weight: torch.Tensor, activation: Activation = "none"
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    activation: Activation = "none",
+    normed_eps: float | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T``, activated.
 
@@ -48,6 +54,8 @@ def small_product(
         weight: ``[out_features, in_features]``, one that ``serves``.
         activation: ``"none"``; ``"relu_squared"``; or ``"silu_mul"``, where the weight has the rows
             of a gate, then those of what it gates.
+        normed_eps: of the ``row_factor`` of ``x`` that the product is multiplied with before it
+            is activated; None for no factor.
 
     Returns:
         ``[rows, out_features]``, or half of them with ``"silu_mul"``; contiguous.
@@ -58,7 +66,7 @@ def small_product(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
     _check_rows(x)
-    return torch.ops.breakgraph.small_product(x, weight, activation)
+    return torch.ops.breakgraph.small_product(x, weight, activation, normed_eps)
 
 
 def add_small_product(
@@ -79,9 +87,13 @@ def add_small_product(
     torch.ops.breakgraph.add_small_product(residual, x, weight, keep)
 
 
-def small_product_reference(x: torch.Tensor, weight: torch.Tensor, activation: str) -> torch.Tensor:
+def small_product_reference(
+    x: torch.Tensor, weight: torch.Tensor, activation: str, normed_eps: float | None = None
+) -> torch.Tensor:
     """``small_product`` in plain torch ops."""
     product = F.linear(x, weight)
+    if normed_eps is not None:
+        product = (product.float() * row_factor(x, normed_eps)).to(x.dtype)
     if activation == "relu_squared":
         return product.relu_().square_()
     if activation == "none":

@@ -85,11 +85,13 @@ def gains(weight: torch.Tensor, activation: str) -> bool:
     return activation != "silu_mul" or weight.shape[0] <= 2 * widest
 
 
-def small_product_on_cuda(x: torch.Tensor, weight: torch.Tensor, activation: str) -> torch.Tensor:
+def small_product_on_cuda(
+    x: torch.Tensor, weight: torch.Tensor, activation: str, normed_eps: float | None
+) -> torch.Tensor:
     """``small_product`` by Triton."""
     features = weight.shape[0] // (2 if activation == "silu_mul" else 1)
     out = x.new_empty(len(x), features)
-    _launch(x, weight, out, ACTIVATIONS[activation], add=False)
+    _launch(x, weight, out, ACTIVATIONS[activation], add=False, normed_eps=normed_eps)
     return out
 
 
@@ -124,24 +126,32 @@ def plan_of(
 
 
 def _launch(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, activation: int, add: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    activation: int,
+    *,
+    add: bool,
+    normed_eps: float | None = None,
 ) -> None:
     """The product into ``out``, or added to it."""
     (rows, size), features = x.shape, out.shape[1]
     if not out.numel():
         return
-    gated, device = activation == ACTIVATIONS["silu_mul"], x.device
+    gated, normed, device = activation == ACTIVATIONS["silu_mul"], normed_eps is not None, x.device
     tile, splits = plan_of(rows, features, size, gated=gated, processors=_processors(device))
     tiles, each = -(-features // tile.columns), -(-size // (tile.depth * splits)) * tile.depth
     splits = -(-size // each)
     parts = counters = _counters(device)
     if splits > 1:
-        held = tile.rows * tile.columns * (2 if gated else 1)
+        held = tile.rows * (tile.columns * (2 if gated else 1) + normed)
         parts = x.new_empty(tiles * splits * held, dtype=torch.float32)
     _kernel()[(tiles, splits)](
         *(x, weight, out, parts, counters, rows, x.stride(0), size, features, out.stride(0), each),
         ACTIVATION=activation,
         ADD=add,
+        NORM=normed,
+        EPS=normed_eps or 0.0,
         SPLIT=splits > 1,
         AHEAD=tile.ahead,
         ROWS=tile.rows,
@@ -177,11 +187,19 @@ def _kernel() -> Any:
     triton, tl = import_triton()
 
     @triton.jit
+    def sum_of_squares(x):  # type: ignore[no-untyped-def]
+        wide = x.to(tl.float32)
+        return tl.sum(wide * wide, 0)
+
+    @triton.jit
     def finish(  # type: ignore[no-untyped-def]
-        first, second, out, row, col, rows, features, out_row,
-        ACTIVATION: tl.constexpr, ADD: tl.constexpr,
+        first, second, squares, out, row, col, rows, size, features, out_row,
+        ACTIVATION: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
     ):  # fmt: skip
         dtype = out.dtype.element_ty
+        if NORM:
+            factor = tl.rsqrt(squares / size + EPS)[None, :]
+            first, second = first * factor, second * factor
         held = (row < rows) & (col < features)
         at = out + row.to(tl.int64) * out_row + col
         if ACTIVATION == 1:
@@ -199,7 +217,8 @@ def _kernel() -> Any:
     @triton.jit(do_not_specialize=["rows"])
     def product(  # type: ignore[no-untyped-def]
         x, weight, out, parts, counters, rows, x_row, size, features, out_row, each,
-        ACTIVATION: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr,
+        ACTIVATION: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
+        SPLIT: tl.constexpr, AHEAD: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     ):  # fmt: skip
         """One tile of weight rows times all rows, over one part of the depth."""
@@ -227,25 +246,35 @@ def _kernel() -> Any:
             start += DEPTH
         first = tl.zeros([COLUMNS, ROWS], tl.float32)
         second = tl.zeros([COLUMNS, ROWS], tl.float32)
+        squares = tl.zeros([ROWS], tl.float32)
         for _step in range(start, tl.minimum(split * each + each, size), DEPTH):
             a = tl.load(left)
             b = tl.load(right)
             first = tl.dot(a, b, first)
             if ACTIVATION == 1:
                 second = tl.dot(tl.load(left + gap), b, second)
+            if NORM:
+                squares += sum_of_squares(b)
             left += DEPTH
             right += DEPTH
         if AHEAD:
             first = tl.dot(early, beside, first)
             if ACTIVATION == 1:
                 second = tl.dot(early_up, beside, second)
+            if NORM:
+                squares += sum_of_squares(beside)
         if SPLIT:
             AREA: tl.constexpr = COLUMNS * ROWS
-            STRIDE: tl.constexpr = 2 * AREA if ACTIVATION == 1 else AREA
+            AREAS: tl.constexpr = 2 * AREA if ACTIVATION == 1 else AREA
+            STRIDE: tl.constexpr = AREAS + ROWS if NORM else AREAS
             splits = tl.num_programs(1)
             place = tl.arange(0, COLUMNS)[:, None] * ROWS + row[None, :]
-            base = parts + (tile * splits).to(tl.int64) * STRIDE + place
+            whole = parts + (tile * splits).to(tl.int64) * STRIDE
+            base = whole + place
+            base_squares = whole + AREAS + row
             tl.store(base + split * STRIDE, first)
+            if NORM:
+                tl.store(base_squares + split * STRIDE, squares)
             if ACTIVATION == 1:
                 tl.store(base + split * STRIDE + AREA, second)
             tl.debug_barrier()  # every thread's part is written before the counter says so
@@ -256,18 +285,22 @@ def _kernel() -> Any:
                 other = total
                 if ACTIVATION == 1:
                     other = tl.load(base + AREA, cache_modifier=".cg")
+                if NORM:
+                    squares = tl.load(base_squares, cache_modifier=".cg")
                 for part in range(1, splits):
                     total += tl.load(base + part * STRIDE, cache_modifier=".cg")
                     if ACTIVATION == 1:
                         other += tl.load(base + part * STRIDE + AREA, cache_modifier=".cg")
+                    if NORM:
+                        squares += tl.load(base_squares + part * STRIDE, cache_modifier=".cg")
                 finish(
-                    total, other, out, row[None, :], col[:, None], rows, features, out_row,
-                    ACTIVATION, ADD,
+                    total, other, squares, out, row[None, :], col[:, None],
+                    rows, size, features, out_row, ACTIVATION, ADD, NORM, EPS,
                 )  # fmt: skip
         else:
             finish(
-                first, second, out, row[None, :], col[:, None], rows, features, out_row,
-                ACTIVATION, ADD,
+                first, second, squares, out, row[None, :], col[:, None],
+                rows, size, features, out_row, ACTIVATION, ADD, NORM, EPS,
             )  # fmt: skip
 
     return product

@@ -7,8 +7,7 @@ has a part of a weight. Which tensors, and which of their rows or columns, the l
 
 from __future__ import annotations
 
-import logging
-import time
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,16 +16,10 @@ import torch
 from torch import nn
 
 from breakgraph.distributed import Shard, current_group, vocabulary_shard
+from breakgraph.kernels.gated_products import gated_product
 from breakgraph.kernels.pointwise import relu_squared_, silu_mul
-from breakgraph.kernels.small_products import (
-    Activation,
-    add_small_product,
-    serves,
-    small_product,
-)
+from breakgraph.kernels.small_products import Activation, add_small_product, small_product
 from breakgraph.kernels.small_products_cuda import MAX_ROWS, ROW_CLASSES
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +50,12 @@ class Linear(nn.Module):
     """``y = x @ weight.T + bias`` with ``weight: [out_features, in_features]``, here whole.
 
     Attributes:
-        small_products: whether our own kernels multiply a few rows; see ``use_small_products``.
+        small_products: whether our own kernels multiply a few rows; see ``use_own_products``.
+        normed_eps: of the norm whose weight is part of this one's, see ``RMSNorm.fold_into``.
     """
 
     small_products = False
+    normed_eps: float | None = None
 
     def __init__(
         self,
@@ -81,20 +76,24 @@ class Linear(nn.Module):
         """Map ``[rows, in_features]`` to ``[rows, out_features]``."""
         if self.bias is None and self.multiplies_few(x):
             return small_product(x, self.weight, self.activation)
-        weight = self._transposed()
-        product = torch.mm(x, weight) if self.bias is None else torch.addmm(self.bias, x, weight)
-        if self.activation == "silu_mul":
-            return silu_mul(product)
+        product = self._product(x)
         return product if self.activation == "none" else relu_squared_(product)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self._transposed()
+        return torch.mm(x, weight) if self.bias is None else torch.addmm(self.bias, x, weight)
 
     def multiplies_few(self, x: torch.Tensor) -> bool:
         """Whether the product with ``x: [rows, in_features]`` is our own kernels'."""
         return self.small_products and x.shape[0] <= MAX_ROWS
 
-    def warm_up(self, x: torch.Tensor) -> None:
-        """Run what ``small_products`` does with ``x``, so that no capture has to compile it."""
-        if self.bias is None:
-            small_product(x, self.weight, self.activation)
+    def warm_up(self) -> None:
+        """Run our own kernels that this layer may take, so that no capture has to compile them."""
+        for rows in ROW_CLASSES if self.small_products else ():
+            self(self._zeros(rows))
+
+    def _zeros(self, rows: int) -> torch.Tensor:
+        return self.weight.new_zeros(rows, self.weight.shape[1])
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Add the output for ``x`` to ``residual`` in place, inside the matrix product.
@@ -180,11 +179,11 @@ class RowLinear(Linear):
             residual.add_(self.bias)
         return self._group.all_reduce_(residual) if self._reduces else residual
 
-    def warm_up(self, x: torch.Tensor) -> None:
-        """Run ``add_to``'s product with ``x``, so that no capture has to compile it."""
-        self._multiply_into(x.new_zeros(len(x), len(self.weight)), x, keep=True)
-        if self._begins and not self._group.is_first:
-            self._multiply_into(x.new_zeros(len(x), len(self.weight)), x, keep=False)
+    def warm_up(self) -> None:
+        for rows in ROW_CLASSES if self.small_products else ():
+            for keep in {True, not self._begins or self._group.is_first}:
+                out = self.weight.new_zeros(rows, len(self.weight))
+                self._multiply_into(out, self._zeros(rows), keep=keep)
 
     def checkpoint_slot(self, name: str, tensor: torch.Tensor) -> CheckpointSlot:
         """Where this rank's part of the parameter ``name`` comes from."""
@@ -221,12 +220,11 @@ class PackedLinear(Linear):
         parts: Mapping[str, int | Shard | tuple[Shard, ...]],
         *,
         bias: bool = False,
-        activation: Activation = "none",
         orders: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
         shards = {name: _shards(part) for name, part in parts.items()}
         sizes = [sum(shard.size for shard in part) for part in shards.values()]
-        super().__init__(in_features, sum(sizes), bias=bias, activation=activation)
+        super().__init__(in_features, sum(sizes), bias=bias)
         self._parts, self._sizes, self._orders = shards, sizes, dict(orders)
 
     def checkpoint_slots(self) -> dict[str, CheckpointSlot]:
@@ -239,26 +237,40 @@ class PackedLinear(Linear):
         return slots
 
 
-def use_small_products(model: nn.Module, wanted: bool = True) -> int:
-    """Let our own kernels multiply a few rows where they serve, or none; how many layers they do.
+class GatedLinear(PackedLinear):
+    """``silu(gate(x)) * up(x)``: the first of two ``parts`` of one size gates the other.
 
-    They are compiled here, for a capture cannot wait for that.
+    Attributes:
+        gated_rows: from how many rows on our own kernel multiplies and activates.
     """
-    start, kinds, count = time.perf_counter(), {}, 0
-    for layer in model.modules():
-        if not isinstance(layer, Linear) or isinstance(layer, VocabularyLinear):
-            continue
-        layer.small_products = wanted and serves(layer.weight, layer.activation)
-        if layer.small_products:
-            kinds[type(layer), layer.activation, layer.weight.shape] = layer
-            count += 1
-    for layer in kinds.values():
-        for rows in ROW_CLASSES:
-            layer.warm_up(layer.weight.new_zeros(rows, layer.weight.shape[1]))
-    if count:
-        took = time.perf_counter() - start
-        logger.info("our own kernels for few rows serve %d layers, ready in %.1f s", count, took)
-    return count
+
+    gated_rows = sys.maxsize
+
+    def __init__(
+        self, in_features: int, parts: Mapping[str, int | Shard], *, bias: bool = False
+    ) -> None:
+        super().__init__(in_features, parts, bias=bias)
+        self.activation = "silu_mul"
+
+    def forward(self, x: torch.Tensor, normed_eps: float | None = None) -> torch.Tensor:
+        """Map ``[rows, in_features]`` to ``[rows, out_features / 2]``.
+
+        With ``normed_eps`` the projections are first multiplied with the ``row_factor`` of ``x``.
+        """
+        if self.bias is None and self.multiplies_few(x):
+            return small_product(x, self.weight, "silu_mul", normed_eps)
+        if normed_eps is not None:
+            return silu_mul(self._product(x), normed=x, eps=normed_eps)
+        if len(x) >= self.gated_rows:
+            return gated_product(x, self.weight)
+        return silu_mul(self._product(x))
+
+    def warm_up(self) -> None:
+        for eps in {None, self.normed_eps}:
+            for rows in (*ROW_CLASSES, MAX_ROWS + 1):
+                self(self._zeros(rows), eps)
+        if self.gated_rows < sys.maxsize:
+            gated_product(self._zeros(1), self.weight)
 
 
 def row_slot(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from breakgraph.distributed import equal_shard
-from breakgraph.layers.linear import ColumnLinear, PackedLinear, RowLinear
+from breakgraph.layers.linear import ColumnLinear, GatedLinear, RowLinear
 
 
 class GatedMLP(nn.Module):
@@ -21,13 +21,18 @@ class GatedMLP(nn.Module):
         super().__init__()
         inner = equal_shard(intermediate_size, "the intermediate size")
         parts = {"gate_proj": inner, "up_proj": inner}
-        self.gate_up_proj = PackedLinear(hidden_size, parts, bias=bias, activation="silu_mul")
+        self.gate_up_proj = GatedLinear(hidden_size, parts, bias=bias)
         alone = {"begins": reduces, "reduces": reduces}
         self.down_proj = RowLinear(inner, hidden_size, bias=bias, **alone)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Add the block's output for ``x`` to ``residual`` in place; both ``[rows, hidden]``."""
-        return self.down_proj.add_to(residual, self.gate_up_proj(x))
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor, normed_eps: float | None = None
+    ) -> torch.Tensor:
+        """Add the block's output for ``x`` to ``residual`` in place; both ``[rows, hidden]``.
+
+        ``normed_eps`` is what ``RMSNorm.deferred`` gave with ``x``.
+        """
+        return self.down_proj.add_to(residual, self.gate_up_proj(x, normed_eps))
 
 
 class PlainMLP(nn.Module):

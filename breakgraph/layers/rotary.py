@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from breakgraph.kernels.gather import gather_rows
 from breakgraph.kernels.rotary import qk_norm_rope_store, qkv_norm_rope_store
 from breakgraph.layers.norm import RMSNorm
 
@@ -51,7 +52,7 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Gather int64 ``positions: [rows]``; returns ``[rows, 2, rotary_dim / 2]``."""
-        return self.table.index_select(0, positions).to(dtype)
+        return gather_rows(self.table, positions, dtype=dtype)
 
 
 def rotate_and_store(
@@ -98,8 +99,13 @@ def split_rotate_and_store(
     out_cache_loc: torch.Tensor,
     q_norm: RMSNorm | None = None,
     k_norm: RMSNorm | None = None,
+    normed: torch.Tensor | None = None,
+    normed_eps: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``rotate_and_store`` of ``qkv: [rows, (num_heads + 2 * num_kv_heads) * head_dim]``.
+
+    With ``normed_eps`` it is the product of ``normed``, ``[rows, hidden]``, and lacks the
+    ``row_factor`` of that, see ``RMSNorm.deferred``.
 
     Returns:
         q and k for attention, contiguous, and v, a view of ``qkv``.
@@ -110,6 +116,8 @@ def split_rotate_and_store(
         out_cache_loc=out_cache_loc,
         k_cache=cache.k_cache,
         v_cache=cache.v_cache,
+        normed=None if normed_eps is None else normed,
+        normed_eps=normed_eps or 0.0,
         **_norms(q_norm, k_norm),
     )
 

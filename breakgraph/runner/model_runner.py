@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from breakgraph.attention import (
@@ -30,7 +31,8 @@ from breakgraph.distributed.ranks import Ranks
 from breakgraph.forward import ForwardBatch, ForwardMode, forward_context
 from breakgraph.kernels.decode_attention import require_decode_kernel
 from breakgraph.layers import ClassificationHead, LogitsProcessor, Pooler
-from breakgraph.layers.linear import use_small_products
+from breakgraph.layers.norm import fold_norms
+from breakgraph.layers.own_products import use_own_products
 from breakgraph.memory import RankMemory, RequestTable, SlotAllocator
 from breakgraph.models import CausalLM, PrefillModel, SequenceClassifier, load_model
 from breakgraph.models.sentence_transformers import find_recipe
@@ -108,7 +110,8 @@ class ModelRunner:
             )
         if group.data_parallel:
             check_model(self.model)
-        use_small_products(self.model, args.small_matrix_products == "auto")
+        fold_norms(self.model)
+        use_own_products(self.model, args.matrix_products == "auto")
         self.load_seconds = time.perf_counter() - start
         if args.enable_torch_compile:
             self._compile()
@@ -405,11 +408,11 @@ class ModelRunner:
                 f"a request of {batch.longest} tokens is longer than the context of "
                 f"{self.context_length}"
             )
-        low, high = int(batch.input_ids.min()), int(batch.input_ids.max())
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(
-                f"token {low if low < 0 else high} is not in the vocabulary of {self.vocab_size}"
-            )
+        # Without their sign negative ids are the largest, so one pass finds both faults.
+        highest = int(batch.input_ids.view(np.uint64).max())
+        if highest >= self.vocab_size:
+            token = highest - (1 << 64) * (highest >> 63)
+            raise ValueError(f"token {token} is not in the vocabulary of {self.vocab_size}")
 
     def explain(self, batch: ForwardBatch) -> str:
         """How ``batch`` would run and why, and what earlier forwards did."""
