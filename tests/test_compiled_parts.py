@@ -126,3 +126,16 @@ def test_the_flag_compiles_and_says_so(
     with caplog.at_level(logging.INFO):
         engine_of(wrapped(), enable_torch_compile=True)
     assert "compiled 7 token-wise modules of LlamaForCausalLM in" in caplog.text
+
+
+@pytest.mark.gpu
+def test_code_compiled_for_a_gpu_runs_in_every_replay() -> None:
+    """By the compiler that the flag takes, and one code for rows of any number."""
+    inner = support.make_wrappable("LlamaForCausalLM").to("cuda")
+    model = wrap_model(inner, fuse_parts=False)
+    prompts = random_prompts(support.LENGTHS)
+    plain = [one.next_token_logits for one in engine_of(model, device="cuda").prefill(prompts)]
+    assert compile_token_wise(model) == 7
+    for found, logits in zip(engine_of(model, device="cuda").prefill(prompts), plain, strict=True):
+        assert found.bucket == 48
+        torch.testing.assert_close(found.next_token_logits, logits, atol=1e-3, rtol=1e-3)

@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 
+from breakgraph.kernels.launch import processors
+
 VERSION = "0.6.13"
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -84,8 +86,7 @@ def geometry(device: torch.device, head_dim: int) -> tuple[int, int]:
     """Processors, and query rows of a tile. On a CPU so few that small batches have many tiles."""
     if device.type == "cpu":
         return 3, 16
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return processors, 192 if head_dim == 64 else 128
+    return processors(device), 192 if head_dim == 64 else 128
 
 
 def missing_for(device: torch.device) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from breakgraph.kernels.launch import import_triton, launches_early
+from breakgraph.kernels.launch import import_triton, launches_early, processors
 
 
 class Tile(NamedTuple):
@@ -81,7 +81,7 @@ def gains(weight: torch.Tensor, activation: str) -> bool:
         and weight.numel() < 2**31
     ):
         return False
-    widest = GATED_TILES[0].columns * GATED_TILES[0].resident * _processors(weight.device)
+    widest = GATED_TILES[0].columns * GATED_TILES[0].resident * processors(weight.device)
     return activation != "silu_mul" or weight.shape[0] <= 2 * widest
 
 
@@ -139,7 +139,7 @@ def _launch(
     if not out.numel():
         return
     gated, normed, device = activation == ACTIVATIONS["silu_mul"], normed_eps is not None, x.device
-    tile, splits = plan_of(rows, features, size, gated=gated, processors=_processors(device))
+    tile, splits = plan_of(rows, features, size, gated=gated, processors=processors(device))
     tiles, each = -(-features // tile.columns), -(-size // (tile.depth * splits)) * tile.depth
     splits = -(-size // each)
     parts = counters = _counters(device)
@@ -164,11 +164,6 @@ def _launch(
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
 def _counters(device: torch.device) -> torch.Tensor:
     """How many programs of a tile have ended: 0 between launches, which one stream orders."""
     if torch.cuda.is_current_stream_capturing():
@@ -176,7 +171,7 @@ def _counters(device: torch.device) -> torch.Tensor:
             "the first small product ran inside a capture, in whose memory its counters cannot "
             "stay; run one before"
         )
-    most = max(tile.resident for tile in TILES) * _processors(device)
+    most = max(tile.resident for tile in TILES) * processors(device)
     return torch.zeros(most, dtype=torch.int32, device=device)
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from breakgraph.kernels.direct_launch import DirectLaunch, Specialization
-from breakgraph.kernels.launch import import_triton, launches_early, power_of_two
+from breakgraph.kernels.launch import import_triton, launches_early, power_of_two, processors
 
 TILE_QUERIES = 64
 """Queries of a program: rows of its tile, times the heads that share their keys."""
@@ -58,8 +58,7 @@ def rows_of_tile(num_heads: int, num_kv_heads: int) -> int:
 
 def rows_of_wave(num_heads: int, num_kv_heads: int, device: torch.device) -> int:
     """The most new tokens of one request that make no more programs than there are processors."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return processors // num_kv_heads * rows_of_tile(num_heads, num_kv_heads)
+    return processors(device) // num_kv_heads * rows_of_tile(num_heads, num_kv_heads)
 
 
 def tiled_attention(
