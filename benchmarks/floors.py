@@ -4,13 +4,16 @@ The products are those of every weight of the layer stack and of the head, by to
 the order of the model's modules, in one CUDA graph: what a prefill of many tokens cannot be faster
 than. Few rows our own kernels may multiply faster, and experts at any count: torch's grouped
 product takes longer alone than a whole prefill, so a model with experts has no floor.
-Kernels are timed within a whole prefill by the profiler, each from the end of the one ahead if that
-is later than its own begin: one that is launched early waits for the other. Gaps count for nothing.
-The second floor is the products and the mixers' kernels.
+The second floor is the products and the attention of a full graph's backend, in one graph; it and
+the first are timed turn by turn with whole prefills, so that all meet the same chip, hot and bound
+by its power. A hybrid's mixers are added as the profiler times them within a prefill.
+There a kernel counts from the end of the one ahead if that is later than its own begin: one that is
+launched early waits for the other. Gaps count for nothing.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.common import median, prefill_request, timed
+from breakgraph.attention import Attention, AttentionBackend
 from breakgraph.forward import ForwardBatch
 from breakgraph.inspection.figures import CATEGORIES, category
 from breakgraph.layers import Embedding
@@ -26,7 +30,9 @@ from breakgraph.layers.moe_experts import Experts
 from breakgraph.models import CausalLM, PrefillModel
 from breakgraph.runner import ModelRunner
 
-Product = Callable[[], torch.Tensor]
+Product = Callable[[], object]
+
+LEAST_TURNS = 3
 
 # Triton kernels carry their function's name alone.
 _CLASSES = {
@@ -42,8 +48,13 @@ def has_floor(model: PrefillModel) -> bool:
     return not any(isinstance(module, Experts) for module in model.modules())
 
 
-def matrix_products(model: PrefillModel, tokens: int, last_rows: int) -> list[Product]:
-    """Every product of a prefill of ``tokens``, of which ``last_rows`` go through the head."""
+def matrix_products(
+    model: PrefillModel, tokens: int, last_rows: int, attention: AttentionBackend | None = None
+) -> list[Product]:
+    """Every product of a prefill of ``tokens``, of which ``last_rows`` go through the head.
+
+    With ``attention``, a backend that has planned them, its calls too, where they belong.
+    """
     inputs: dict[tuple[int, int], torch.Tensor] = {}
 
     def rows_of(rows: int, weight: torch.Tensor) -> torch.Tensor:
@@ -56,8 +67,19 @@ def matrix_products(model: PrefillModel, tokens: int, last_rows: int) -> list[Pr
         x = rows_of(rows, weight)
         return lambda: F.linear(x, weight)
 
+    def attend(layer: Attention, backend: AttentionBackend) -> Product:
+        q, k, v = (
+            rows_of(tokens, torch.empty(0, heads * layer.head_dim).to(layer.k_cache))
+            for heads in (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
+        )
+        out = torch.empty_like(q)
+        given = [x.unflatten(1, (-1, layer.head_dim)) for x in (q, k, v, out)]
+        return lambda: backend.forward(layer, *given)
+
     products: list[Product] = []
     for module in model.get_layer_stack().modules():
+        if attention is not None and isinstance(module, Attention):
+            products.append(attend(module, attention))
         weight = getattr(module, "weight", None)
         if isinstance(module, Embedding | nn.Embedding):
             continue
@@ -69,9 +91,32 @@ def matrix_products(model: PrefillModel, tokens: int, last_rows: int) -> list[Pr
 
 
 @torch.no_grad()
-def products_ms(model: PrefillModel, tokens: int, last_rows: int = 1, repeats: int = 7) -> float:
-    """Milliseconds of all matrix products: a graph's replay on a GPU, the calls on a CPU."""
-    products = matrix_products(model, tokens, last_rows)
+def floors_ms(runner: ModelRunner, tokens: int, row_ms: float) -> dict[str, float]:
+    """Milliseconds of the products, of them with attention, and of a whole prefill of one request.
+
+    Turn by turn, for about ``row_ms``; ``products_and_mixer_ms`` is there where attention is the
+    only mixer and full graphs hold it.
+    """
+    request = prefill_request(runner.vocab_size, tokens, 1)
+    calls = {"products_ms": _in_a_graph(matrix_products(runner.model, tokens, 1))}
+    full = runner.full_graph_runner
+    if full is not None and runner.mamba_pool is None:
+        backend = full.attn_backend
+        backend.init_forward_metadata(ForwardBatch.from_requests(*request), tokens)
+        both = matrix_products(runner.model, tokens, 1, backend)
+        calls["products_and_mixer_ms"] = _in_a_graph(both)
+    times: dict[str, list[float]] = {name: [] for name in (*calls, "prefill_ms")}
+    began = time.perf_counter()
+    while time.perf_counter() - began < row_ms / 1e3 or len(times["prefill_ms"]) < LEAST_TURNS:
+        prefill = timed(lambda: runner.forward(ForwardBatch.from_requests(*request)))
+        times["prefill_ms"].append(prefill[0])
+        for name, call in calls.items():
+            times[name].append(timed(call)[1])
+    return {name: median(found) for name, found in times.items()}
+
+
+def _in_a_graph(products: list[Product]) -> Callable[[], None]:
+    """All of them: a graph's replay on a GPU, the calls on a CPU."""
 
     def run() -> None:
         for product in products:
@@ -79,12 +124,12 @@ def products_ms(model: PrefillModel, tokens: int, last_rows: int = 1, repeats: i
 
     run()
     if not torch.cuda.is_available():
-        return median([timed(run)[1] for _ in range(repeats)])
+        return run
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
     graph.replay()
-    return median([timed(graph.replay)[1] for _ in range(repeats)])
+    return graph.replay
 
 
 def kernel_classes(runner: ModelRunner, tokens: int, batch_size: int = 1) -> dict[str, float]:

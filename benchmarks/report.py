@@ -35,9 +35,10 @@ def write_report(folder: Path) -> None:
 
 LEGEND = """Milliseconds of whole prefills, host token ids in, last-token logits on the device,
 medians. *products*: all matrix products of the model in one CUDA graph. *with mixers*: those and
-the kernels of attention and recurrences, as timed within a prefill. *of the floor*: the best mode
-over that second floor. A bucket in brackets is what was replayed: so many tokens are none, or their
-graph was found not to pay and dropped; a mode without a time had none left that serves.
+attention in one graph, or the kernels of a hybrid's mixers as the profiler times them. *of the
+floor*: a whole prefill over that second floor, timed turn by turn with it. A bucket in brackets is
+what was replayed: so many tokens are none, or their graph was found not to pay and dropped; a mode
+without a time had none left that serves.
 """
 
 
@@ -113,7 +114,7 @@ def _rows_table(found: Found) -> str:
                 f"{row['eager_ms'] / best_ms(row):.2f}×",
                 _ms(floor.get("products_ms")),
                 _ms(both),
-                f"{best_ms(row) / both:.2f}×" if both else "",
+                f"{floor.get('prefill_ms', best_ms(row)) / both:.2f}×" if both else "",
             ]
         )
     return markdown_table(head, table)

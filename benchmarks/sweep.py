@@ -18,7 +18,7 @@ import torch
 from benchmarks import peers
 from benchmarks.bench_prefill import measure
 from benchmarks.common import machine, model_runner
-from benchmarks.floors import has_floor, kernel_classes, products_ms
+from benchmarks.floors import floors_ms, has_floor, kernel_classes
 from benchmarks.report import modes_of
 from benchmarks.suites import Shape, Suite
 from breakgraph.models import PrefillModel
@@ -142,9 +142,10 @@ class _Rows:
 def _floors(runner: ModelRunner, suite: Suite, deadline: float, found: Found) -> None:
     for tokens in suite.tokens if has_floor(runner.model) else ():
         if time.time() < deadline:
-            floor = {"tokens": tokens, "products_ms": products_ms(runner.model, tokens)}
-            found["floors"].append(floor)
-            print(f"{tokens:6d} matrix products alone {floor['products_ms']:.3f} ms", flush=True)
+            floor = floors_ms(runner, tokens, suite.row_ms)
+            found["floors"].append({"tokens": tokens} | floor)
+            listed = ", ".join(f"{name[:-3]} {ms:.3f} ms" for name, ms in floor.items())
+            print(f"{tokens:6d} turn by turn: {listed}", flush=True)
 
 
 def _profiles(runner: ModelRunner, suite: Suite, deadline: float, found: Found, save: Save) -> None:
@@ -156,9 +157,8 @@ def _profiles(runner: ModelRunner, suite: Suite, deadline: float, found: Found, 
         classes = kernel_classes(runner, tokens)
         found["kernels"].append({"tokens": tokens, "classes_ms": classes})
         if tokens in floors:
-            mixers = classes.get("mixer", 0.0)
-            floors[tokens]["mixer_ms"] = mixers
-            floors[tokens]["products_and_mixer_ms"] = floors[tokens]["products_ms"] + mixers
+            floor, mixers = floors[tokens], classes.get("mixer", 0.0)
+            floor.setdefault("products_and_mixer_ms", floor["products_ms"] + mixers)
         save()
 
 

@@ -26,6 +26,7 @@ from benchmarks import (
     sweep,
 )
 from benchmarks.suites import CPU, SUITES
+from breakgraph.attention import Attention, TorchNativeBackend
 from breakgraph.layers import Linear
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +83,25 @@ def test_products_are_those_of_every_weight() -> None:
         del runner
 
 
+def test_a_floor_has_attention_where_it_belongs() -> None:
+    class Backend(TorchNativeBackend):
+        def forward(self, layer: Attention, *tensors: torch.Tensor) -> None:
+            attended.append((layer, [tuple(tensor.shape) for tensor in tensors]))
+
+    attended: list[tuple[Attention, list[tuple[int, ...]]]] = []
+    with common.model_runner("tiny-qwen3") as runner:
+        model = runner.model
+        products = floors.matrix_products(model, 16, 1, Backend(torch.device("cpu")))
+        for product in products:
+            product()
+        layers = [m for m in model.get_layer_stack().modules() if isinstance(m, Attention)]
+        assert [layer for layer, _ in attended] == layers
+        heads, kv_heads, dim = layers[0].num_heads, layers[0].num_kv_heads, layers[0].head_dim
+        wanted = [(16, heads, dim), (16, kv_heads, dim), (16, kv_heads, dim), (16, heads, dim)]
+        assert attended[0][1] == wanted
+        del runner, layers, attended[:]
+
+
 def test_a_kernel_that_waits_for_the_one_ahead_counts_from_its_end() -> None:
     def event(name: str, begin: float, end: float, device: str = "CUDA") -> SimpleNamespace:
         span = SimpleNamespace(start=begin, end=end)
@@ -104,6 +124,7 @@ def test_experts_have_no_floor() -> None:
         ("nvjet_tst_128x64_64x6_2x1_v_bz_TNT", "matrix product"),
         ("void flash::flash_fwd_kernel<…>", "mixer"),
         ("extend", "mixer"),
+        ("gated_product_tile", "matrix product"),
         ("qk_norm_rope_store", "norm"),
         ("silu_mul", "pointwise"),
         ("Memcpy HtoD (Pinned -> Device)", "copy"),

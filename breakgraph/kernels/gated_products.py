@@ -98,7 +98,7 @@ def _kernel() -> DirectLaunch:
     triton, tl = import_triton()
 
     @triton.jit
-    def gated(  # type: ignore[no-untyped-def]
+    def gated_product_tile(  # type: ignore[no-untyped-def]
         x, weight, out,
         FEATURES: tl.constexpr, SIZE: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
@@ -123,4 +123,4 @@ def _kernel() -> DirectLaunch:
             active = (wide / (1.0 + tl.exp(-wide))).to(dtype).to(tl.float32)
             out.store([row, col], (active * up.to(dtype).to(tl.float32)).to(dtype))
 
-    return DirectLaunch(gated)
+    return DirectLaunch(gated_product_tile)
