@@ -12,6 +12,7 @@ import torch
 from hybrid_support import Requests, make_hybrid_runner, outcomes, save_hybrid
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mla_support import make_deepseek
 from models_support import make_noise, make_reference, poison, random_prompts, save_checkpoint
 from prefill_support import (
     AUTO,
@@ -24,7 +25,6 @@ from prefill_support import (
     plain,
 )
 from test_hybrid_graphs import assert_same_outcome
-from test_mla import make_deepseek
 
 from breakgraph.attention import Attention, TorchFlashBackend, TorchNativeBackend
 from breakgraph.forward import LayerInputs, get_forward_context

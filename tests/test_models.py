@@ -163,7 +163,7 @@ def test_bare_model(architecture: str, tmp_path: Any) -> None:
 def test_every_known_architecture_is_tested() -> None:
     heads = ("ForCausalLM", "ForSequenceClassification", "Model")
     dense = {name + head for name in ("Llama", "Qwen2", "Qwen3") for head in heads}
-    # Hybrids: test_hybrid_models.py; DeepSeek: test_mla.py.
+    # Hybrids: test_hybrid_models.py; DeepSeek: test_deepseek_models.py.
     others = ("Qwen3Moe", "NemotronH", "Qwen3Next", "DeepseekV2", "DeepseekV3")
     assert set(MODELS) == dense | {name + head for name in others for head in heads[::2]}
 

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from models_support import make_reference, random_prompts
+import transformers
+from models_support import make_reference, random_prompts, save_checkpoint
 
 import breakgraph
 from breakgraph import Engine
@@ -194,6 +198,33 @@ def make_wrappable(name: str, **config: Any) -> Any:
     """A random model, by the settings of ``DECODERS`` or ``ENCODERS`` if it is there."""
     settings = {**DECODERS, **ENCODERS}.get(name, {})
     return make_reference(name.partition(",")[0], **settings | config)
+
+
+def save_model(name: str, folder: Path, **config: Any) -> Any:
+    """Save a random model that has no end token."""
+    model = make_wrappable(name, **config)
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    save_checkpoint(model, folder)
+    return model
+
+
+def make_engine(folder: Path, **flags: Any) -> Engine:
+    settings = {"skip_tokenizer_init": True, "device": "cpu", "enable_breakable_cuda_graph": True}
+    return Engine(model_path=str(folder), **FLAGS | settings | flags)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap() -> Iterator[None]:
+    """A capture collects garbage first, which among the modules of transformers takes 0.2 s.
+
+    Every test uses it in a file that binds this name.
+    """
+    for name in [*DECODERS, *ENCODERS]:
+        getattr(transformers, name.partition(",")[0])
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @torch.no_grad()
