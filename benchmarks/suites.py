@@ -53,16 +53,16 @@ class Suite:
 
 H200 = Suite(
     shapes=(
-        Shape(name="qwen3-0.6b", weight=0.8, ladders=(1, 14, 56), peers=True),
+        Shape(name="qwen3-0.6b", weight=1.3, ladders=(1, 14, 56), peers=True),
         Shape(name="qwen3-8b", weight=1.3, ladders=(1, 56), peers=True),
         Shape(name="nemotron-h-8b", weight=1.2, flags={"linear_attention_capture": 8}),
-        Shape(name="qwen3-30b-a3b", weight=1.2),
+        Shape(name="qwen3-30b-a3b", weight=1.0),
     ),
     tokens=(16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
     between=(100, 300, 769, 1500, 3000),
     batch_sizes=(1, 8, 32, 4),
     peer_tokens=(16, 128, 512, 1024, 2048, 4096, 8192),
-    seconds=250.0,
+    seconds=330.0,
     repeats=15,
     row_ms=600.0,
 )
