@@ -78,6 +78,18 @@ def test_what_more_requests_change_is_part_of_the_decision() -> None:
     assert eager.at(32, 9) == 4
 
 
+def test_padding_does_not_attend() -> None:
+    """One request of 128 rows takes 10 ms, and four 7: attention takes 4 of the 10."""
+    one, more = Line(BUCKETS, (1, 2, 4, 10)), Line(BUCKETS, (0, 0, 0.5, -3))
+    replay = ForwardTimes(one, more, requests=4)
+    assert replay.at(128, 1, 128) == replay.at(128) == 10
+    assert replay.at(128, 1, 64) == pytest.approx(10 - 4 * 3 / 4)
+    assert replay.at(128, 4, 64) == pytest.approx(7 - 4 / 4 * 3 / 4)
+    assert replay.at(64, 1, 33) == 4  # requests that cost more say nothing of attention
+    costs = PrefillCosts(flat(9, 9, 9, 9), replay, margin=1.0)
+    assert [costs.replay_pays(tokens, 128) for tokens in (100, 128)] == [True, False]
+
+
 @given(
     st.lists(st.floats(0.1, 50), min_size=8, max_size=8),
     st.lists(st.floats(0.1, 50), min_size=8, max_size=8),

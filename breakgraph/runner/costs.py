@@ -54,18 +54,21 @@ class ForwardTimes:
     more: Line | None = None
     requests: int = 2
 
-    def at(self, rows: int, requests: int = 1) -> float:
+    def at(self, rows: int, requests: int = 1, tokens: int | None = None) -> float:
         """With ``requests`` equal ones; infinite past the largest size measured.
 
         Attention over n equal requests is 1 / n of that over one, so what n of them change is
-        taken to be a share of ``1 - 1 / n``.
+        taken to be a share of ``1 - 1 / n``. What they save tells, then, what attention takes, and
+        of that ``tokens``, if the rows behind them are padding, take their share squared.
         """
         if rows > self.one.rows[-1]:
             return math.inf
         ms = self.one.at(rows)
         if self.more is not None:
-            share = (1 - 1 / requests) / (1 - 1 / self.requests)
-            ms += min(share, 1.0) * self.more.at(rows)
+            change = self.more.at(rows) / (1 - 1 / self.requests)
+            ms += min(1 - 1 / requests, 1 - 1 / self.requests) * change
+            if tokens is not None:
+                ms += min(change, 0.0) / requests * (1 - (tokens / rows) ** 2)
         return ms
 
 
@@ -85,7 +88,7 @@ class PrefillCosts:
 
     def replay_pays(self, num_tokens: int, bucket: int, requests: int = 1) -> bool:
         """Whether ``num_tokens`` run faster replayed in ``bucket`` than eagerly."""
-        replay = self.replay.at(bucket, requests)
+        replay = self.replay.at(bucket, requests, num_tokens)
         if num_tokens == bucket and self.margin < 1:  # the same work, known to that margin
             return replay < math.inf
         return replay <= self.margin * self.eager.at(min(num_tokens, self.last), requests)

@@ -110,7 +110,7 @@ class Ladders:
             bucket = bucket_for(sorted(g.bucket for g in graphs if g.kind == kind), tokens)
             limit = self._runners[kind].max_padding * max(tokens, BUCKET_FLOOR)
             if bucket is not None and bucket <= limit:
-                best = min(best, self._costs[kind].replay.at(bucket, requests))
+                best = min(best, self._costs[kind].replay.at(bucket, requests, tokens))
         return best
 
 

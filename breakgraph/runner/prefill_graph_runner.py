@@ -77,7 +77,7 @@ class PrefillGraphRunner(GraphRunner):
         """What the replay that was decided for should take; 0 where that was not measured."""
         if self.costs is None or dispatch.bucket is None:
             return 0.0
-        return self.costs.replay.at(dispatch.bucket, batch.batch_size)
+        return self.costs.replay.at(dispatch.bucket, batch.batch_size, batch.num_tokens)
 
     def retire(self, bucket: int) -> None:
         """Take a bucket out of service: what it would have replayed runs otherwise."""
