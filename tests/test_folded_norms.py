@@ -51,6 +51,14 @@ def test_a_folded_norm_and_its_product_give_what_they_gave(rows: int, offset: fl
     torch.testing.assert_close(product(norm(x)), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_norm_is_not_left_to_a_product_that_does_without() -> None:
+    norm, product = norm_and_product()
+    norm.fold_into(product)
+    x = torch.randn(8, 24)
+    assert norm.deferred(x, below=9)[1] == EPS
+    assert norm.deferred(x, below=8)[1] is None
+
+
 @torch.no_grad()
 def test_a_norm_is_folded_once() -> None:
     norm, product = norm_and_product()

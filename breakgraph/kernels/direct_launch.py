@@ -38,19 +38,17 @@ class Specialization:
     early: bool = False
 
 
-def specialized(
-    constants: tuple[Any, ...], warps: int, early: bool = False, stages: int = 1
-) -> Specialization:
+def specialized(constants: tuple[Any, ...], warps: int, early: bool = False) -> Specialization:
     """The one specialization of these constants, for a kernel with few of them."""
-    return _specialized(constants, tuple(map(type, constants)), warps, early, stages)
+    return _specialized(constants, tuple(map(type, constants)), warps, early)
 
 
 @cache
 def _specialized(
-    constants: tuple[Any, ...], types: tuple[type, ...], warps: int, early: bool, stages: int
+    constants: tuple[Any, ...], types: tuple[type, ...], warps: int, early: bool
 ) -> Specialization:
     # By their types too: 0.0 equals False, and Triton takes no float for a condition.
-    return Specialization(constants, warps, stages, early)
+    return Specialization(constants, warps, early=early)
 
 
 class DirectLaunch:
@@ -66,7 +64,6 @@ class DirectLaunch:
         tensors: tuple[torch.Tensor, ...],
         plan: tuple[torch.Tensor, ...],
         special: Specialization,
-        blocks: tuple[tuple[int, ...], ...] = (),
     ) -> None:
         """Launch on the current stream.
 
@@ -75,13 +72,9 @@ class DirectLaunch:
             tensors: the kernel's first arguments.
             plan: integer tensors, its next ones.
             special: its last arguments, and how to compile it.
-            blocks: the tile of each tensor, for a kernel that takes tensor descriptors.
         """
         device = tensors[0].get_device()
         pointers = [tensor.data_ptr() for tensor in tensors]
-        given: tuple[Any, ...] = tensors
-        if blocks:
-            given = tuple(map(_described, tensors, blocks))
         key = (
             special,
             device,
@@ -91,7 +84,7 @@ class DirectLaunch:
         compiled = self._compiled.get(key)
         if compiled is None:
             self._compiled[key] = self._kernel[grid](
-                *(*given, *plan, *special.constants),
+                *(*tensors, *plan, *special.constants),
                 num_warps=special.warps,
                 num_stages=special.stages,
                 **({"launch_pdl": True} if special.early else {}),
@@ -103,13 +96,7 @@ class DirectLaunch:
             compiled.function,
             compiled.packed_metadata,
             *(None, None, None),  # no launch hooks, and nothing to tell them
-            *(given if blocks else pointers),
+            *pointers,
             *[tensor.data_ptr() for tensor in plan],
             *special.constants,
         )
-
-
-def _described(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(tensor, block)

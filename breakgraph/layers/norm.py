@@ -32,10 +32,15 @@ class RMSNorm(nn.Module):
         """Of ``[rows, size]``."""
         return rms_norm(x, self.weight, self.eps, self.offset)
 
-    def deferred(self, x: torch.Tensor) -> tuple[torch.Tensor, float | None]:
+    def deferred(
+        self, x: torch.Tensor, below: int = DEFERRED_ROWS + 1
+    ) -> tuple[torch.Tensor, float | None]:
         """``forward(x)`` and None; or, where that is less work, ``x`` as it is and the eps of the
-        ``row_factor`` that the product of ``x`` has to be multiplied with."""
-        if self.folded and len(x) <= DEFERRED_ROWS:
+        ``row_factor`` that the product of ``x`` has to be multiplied with.
+
+        The latter for fewer rows than ``below``, from where on a product does without.
+        """
+        if self.folded and len(x) < min(below, DEFERRED_ROWS + 1):
             return x, self.eps
         return self(x), None
 

@@ -113,7 +113,8 @@ class DenseLayer(nn.Module):
     ) -> torch.Tensor:
         residual = self.self_attn(self.input_layernorm, residual, cos_sin, inputs.out_cache_loc)
         if isinstance(self.mlp, GatedMLP):
-            x, eps = self.post_attention_layernorm.deferred(residual)
+            rows = self.mlp.gate_up_proj.gated_rows
+            x, eps = self.post_attention_layernorm.deferred(residual, below=rows)
             return self.mlp(x, residual, eps)
         residual = self.mlp.scatter(residual)
         x = self.post_attention_layernorm(residual)
