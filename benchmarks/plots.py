@@ -46,7 +46,7 @@ def lines(title: str, x_label: str, y_label: str, given: Sequence[Line]) -> str:
     parts.append(_text(LEFT + PLOT_WIDTH / 2, TOP + PLOT_HEIGHT + 36, f"{x_label}; {y_label}"))
     for line, colour in zip(shown, _colours(), strict=False):
         dash = ' stroke-dasharray="5 4"' if line.dashed else ""
-        at = [(x_at(x), y_at(y)) for x, y in line.points]
+        at = [(x_at(x), y_at(y)) for x, y in sorted(line.points)]
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
         parts.append(
             f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'

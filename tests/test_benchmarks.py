@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -160,6 +161,13 @@ def test_plots_are_whole_where_there_is_little_to_plot() -> None:
     ):
         ElementTree.fromstring(svg)
     assert "&lt;one&gt;" in one
+
+
+def test_a_line_is_drawn_from_left_to_right_whatever_came_first() -> None:
+    points = [(16, 1.0), (4096, 100.0), (100, 2.0)]
+    drawn = [plots.lines("t", "x", "y", [plots.Line("a", p)]) for p in (points, sorted(points))]
+    polylines = [re.findall('<polyline points="([^"]+)"', svg) for svg in drawn]
+    assert polylines[0] == polylines[1]
 
 
 def test_an_axis_of_logarithms_ends_where_it_should() -> None:

@@ -215,7 +215,10 @@ def _compiled(nvrtc: Any, source: bytes, options: list[bytes]) -> bytes:
     if status != 0:
         log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
         _check(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"{SOURCE.name} does not compile: {log.decode(errors='replace')}")
+        raise RuntimeError(
+            f"{SOURCE.name} does not compile (--matrix-products cublas does without it): "
+            f"{log.decode(errors='replace')}"
+        )
     cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
     _check(nvrtc.nvrtcGetCUBIN(program, cubin))
     return cubin
