@@ -106,3 +106,18 @@ heavy |= {{"fastapi", "lm_eval", "datasets", "pandas", "scipy", "sklearn", "torc
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     )
+
+
+def test_files_that_are_no_python_are_packaged() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    given = project["tool"]["setuptools"]["package-data"]
+    packaged = {
+        path
+        for package, patterns in given.items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    listed = (path for path in (ROOT / "breakgraph").rglob("*") if path.is_file())
+    others = {path for path in listed if path.suffix not in (".py", ".pyc")}
+    assert packaged == others
