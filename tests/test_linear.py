@@ -66,3 +66,18 @@ def test_a_feed_forward_block_is_three_ops() -> None:
     with Ops() as ops:
         block(x, residual)
     assert ops.names == ["aten::mm", "breakgraph::silu_mul", "aten::addmm_"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "eps", "gated"), [(3, None, 0), (4, None, 1), (4, 1e-6, 0)])
+def test_a_gated_product_of_many_rows_that_are_normalised_is_one_op(
+    rows: int, eps: float | None, gated: int
+) -> None:
+    layer = filled(GatedMLP(8, 12)).gate_up_proj
+    layer.gated_rows = 4
+    x = torch.randn(rows, 8)
+    layer(x, eps)
+    with Ops() as ops:
+        layer(x, eps)
+    apart = ["aten::mm", "breakgraph::silu_mul"]
+    assert ops.names == (["breakgraph::gated_product"] if gated else apart)

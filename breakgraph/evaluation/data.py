@@ -7,6 +7,8 @@ import os
 import urllib.request
 from pathlib import Path
 
+from breakgraph.kept_files import kept_path
+
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 MGSM = "https://raw.githubusercontent.com/google-research/url-nlp/main/mgsm/"
 PUBLIC = {
@@ -28,8 +30,7 @@ def public_file(task: str) -> Path:
         ValueError: it can be had from neither; the message says which file to give.
     """
     url, checksum = PUBLIC[task]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = home / "breakgraph" / task / url.rpartition("/")[2]
+    path = kept_path(task) / url.rpartition("/")[2]
     if path.exists() and _checksum(path.read_bytes()) == checksum:
         return path
     give = f"give a copy of {url} with --data-path {path.name}"

@@ -104,7 +104,7 @@ class ForwardBatch:
             out_cache_loc=pack(new_slots),
             extend_lens=np.array(lens, np.int32),
             prefix_lens=np.array(prefix_lens, np.int32),
-            prefix_slots=_NO_SLOTS if not prefix_slots else pack(prefix_slots),
+            prefix_slots=pack(prefix_slots or ()),
             input_embeds=input_embeds,
             logprob_targets=logprob_targets,
             mode=mode,
@@ -196,7 +196,7 @@ class DecodeInputs(LayerInputs):
 def pack(parts: Sequence[Sequence[int] | IntArray]) -> IntArray:
     """int64 ``[sum of lengths]``, part after part, which are all lists or all arrays."""
     if not parts:
-        return np.zeros(0, np.int64)
+        return _NO_SLOTS
     if isinstance(parts[0], np.ndarray):
         one = len(parts) == 1  # 0.4 µs, not 1
         return np.array(parts[0], np.int64) if one else np.concatenate(parts, dtype=np.int64)

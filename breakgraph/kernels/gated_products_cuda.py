@@ -15,18 +15,14 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib
-import logging
-import os
-import tempfile
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from breakgraph.kept_files import keep, kept_path
 from breakgraph.kernels.launch import processors
-
-logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cu")
 
@@ -193,19 +189,11 @@ def _cubin(tile: Tile) -> bytes:
     options = [b"-arch=sm_90a", b"-std=c++17", *(f"-D{n}={v}".encode() for n, v in sizes.items())]
     version = repr(_check(nvrtc.nvrtcVersion())).encode()
     digest = hashlib.sha256(b"\n".join((source, *options, version))).hexdigest()[:16]
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    kept = Path(home) / "breakgraph" / f"gated-product-{digest}.cubin"
+    kept = kept_path(f"gated-product-{digest}.cubin")
     if kept.exists():
         return kept.read_bytes()
     cubin = _compiled(nvrtc, source, options)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        # By another name first: a start beside this one never reads half a file.
-        with tempfile.NamedTemporaryFile(dir=kept.parent, suffix=".new", delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, kept)
-    except OSError as error:
-        logger.warning("a compiled kernel cannot be kept for the next start: %s", error)
+    keep(kept, cubin, "a compiled kernel")
     return cubin
 
 

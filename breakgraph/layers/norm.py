@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import nn
 
@@ -32,14 +34,14 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, self.offset)
 
     def deferred(
-        self, x: torch.Tensor, below: int = DEFERRED_ROWS + 1
+        self, x: torch.Tensor, below: int = sys.maxsize
     ) -> tuple[torch.Tensor, float | None]:
         """``forward(x)`` and None; or, where that is less work, ``x`` as it is and the eps of the
         ``row_factor`` that the product of ``x`` has to be multiplied with.
 
         The latter for fewer rows than ``below``, from where on a product does without.
         """
-        if self.folded and len(x) < min(below, DEFERRED_ROWS + 1):
+        if self.folded and len(x) <= DEFERRED_ROWS and len(x) < below:
             return x, self.eps
         return self(x), None
 

@@ -11,9 +11,7 @@ import hashlib
 import json
 import logging
 import math
-import os
 import platform
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -25,6 +23,7 @@ import torch
 
 from breakgraph.distributed import TensorParallelGroup
 from breakgraph.forward import ForwardBatch
+from breakgraph.kept_files import keep, kept_path
 from breakgraph.runner.costs import MARGIN, ForwardTimes, Line, PrefillCosts, anchors
 from breakgraph.runner.prefill_graph_runner import PrefillGraphRunner
 
@@ -165,7 +164,7 @@ def _line(ms: dict[int, float]) -> Line:
 
 
 class CostFile:
-    """Times of earlier starts, in ``$XDG_CACHE_HOME/breakgraph`` or ``~/.cache/breakgraph``.
+    """Times of earlier starts.
 
     Args:
         facts: all that the times depend on, as JSON has it.
@@ -174,9 +173,8 @@ class CostFile:
 
     def __init__(self, facts: dict[str, Any], group: TensorParallelGroup) -> None:
         self._facts, self._group = json.loads(json.dumps(facts)), group
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = Path(home) / "breakgraph" / f"prefill-times-{digest}.json"
+        self.path = kept_path(f"prefill-times-{digest}.json")
 
     def read(self) -> Times | None:
         """What an earlier start measured, on every rank; None where that is to be done."""
@@ -192,16 +190,7 @@ class CostFile:
         if not self._group.is_first:
             return
         text = json.dumps({"facts": self._facts, "ms": times})
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # By another name first: a start beside this one never reads half a file.
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self.path.parent, suffix=".new", delete=False, encoding="utf-8"
-            ) as file:
-                file.write(text)
-            os.replace(file.name, self.path)
-        except OSError as error:
-            logger.warning("prefill times cannot be kept for the next start: %s", error)
+        keep(self.path, text.encode(), "prefill times")
 
     def _read(self) -> Times | None:
         try:
